@@ -8,7 +8,7 @@ __all__ = ['linear_rampup', 'sigmoid_rampup', 'frozen_bn_stats', 'rng_state', 's
            'SemiSupervised', 'LossColumns', 'unwrap', 'ema_update', 'EMATeacher', 'write_atomically', 'read_checkpoint',
            'Checkpoint', 'run_info', 'write_result']
 
-# %% ../nbs/03_core.ipynb #ddc55830
+# %% ../nbs/03_core.ipynb #6bd6c553
 import json, math, os, platform, random, subprocess, time, zipfile
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -16,18 +16,15 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np, torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets, TfmdLists
-
 from fastai.learner import Recorder
 from fastai.torch_core import rank_distrib, to_device
 
@@ -47,12 +44,12 @@ def sigmoid_rampup(
     "Gaussian-shaped warm-up $e^{-5(1-t)^2}$ (Laine and Aila 2017, section 3)."
     return 1. if length <= 0 else math.exp(-5*(1 - min(max(step/length, 0.), 1.))**2)
 
-# %% ../nbs/03_core.ipynb #5ae15d9f
+# %% ../nbs/03_core.ipynb #0a31ace7
 @contextmanager
 def frozen_bn_stats(
     model:nn.Module, # Any model; BatchNorm 1d, 2d, 3d and synchronised are all found
 ):
-    "Within this block, training-mode forwards normalise by the batch but leave running statistics alone."
+    "Inside, training-mode forwards use the batch and leave running statistics alone."
     bns = [m for m in model.modules()
            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for m in bns: m.track_running_stats = False
@@ -60,43 +57,45 @@ def frozen_bn_stats(
     finally:
         for m in bns: m.track_running_stats = True
 
-# %% ../nbs/03_core.ipynb #0f25442a
+# %% ../nbs/03_core.ipynb #3cb6feaf
 def rng_state(
     rng:np.random.RandomState, # The generator
 )->dict: # Tensors and numbers only
     "State of a NumPy generator as plain data."
     _, key, pos, has_gauss, gauss = rng.get_state(legacy=True)
-    return dict(key=torch.from_numpy(key.astype(np.int64)), pos=int(pos), has_gauss=int(has_gauss),
-                gauss=float(gauss))
+    return dict(key=torch.from_numpy(key.astype(np.int64)), pos=int(pos),
+                has_gauss=int(has_gauss), gauss=float(gauss))
 
+# %% ../nbs/03_core.ipynb #a2ef10fd
 def set_rng_state(
     rng:np.random.RandomState, # The generator to set
     state:dict, # What `rng_state` returned
 ):
     "Set a NumPy generator to a state from `rng_state`."
-    rng.set_state(('MT19937', state['key'].numpy().astype(np.uint32), state['pos'],
-                   state['has_gauss'], state['gauss']))
+    key = state['key'].cpu().numpy().astype(np.uint32)
+    rng.set_state(('MT19937', key, state['pos'], state['has_gauss'], state['gauss']))
 
-# %% ../nbs/03_core.ipynb #654c34dd
+# %% ../nbs/03_core.ipynb #420d51f2
 def global_rng_state()->dict: # Tensors, tuples and numbers only
     "States of Python's, NumPy's and PyTorch's global generators, on all devices."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(python=random.getstate(), numpy=rng_state(np.random.mtrand._rand),
                 torch=torch.get_rng_state(), cuda=cuda)
 
+# %% ../nbs/03_core.ipynb #a734bc12
 def set_global_rng_state(
     state:dict, # What `global_rng_state` returned
 ):
-    "Set all global generators."
+    "Set all global generators to the states in `state`."
     version, key, gauss = state['python']
     random.setstate((version, tuple(key), gauss))
     set_rng_state(np.random.mtrand._rand, state['numpy'])
     torch.set_rng_state(state['torch'].cpu())
     if state['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in state['cuda']])
 
-# %% ../nbs/03_core.ipynb #12e2ff25
+# %% ../nbs/03_core.ipynb #ed26c247
 class ViewStream:
-    "Endless batches of `K` random views, in seeded order, from an `ImageDL` or any fastai `TfmdDL`."
+    "Endless batches of `K` random views, in seeded order, from any fastai loader."
     def __init__(self,
         dl, # Loader of unlabelled images; labels, if it has any, are ignored
         K:int=1, # Views of each image
@@ -110,17 +109,19 @@ class ViewStream:
 
     def __iter__(self): return self
 
-# %% ../nbs/03_core.ipynb #695933ec
+# %% ../nbs/03_core.ipynb #692f6e1c
 @patch
 def _check(self:ViewStream):
     if self.bs is None or self.bs < 2:
-        raise ValueError(f"unlabeled: its batch size is {self.bs}; MixUp and BatchNorm need at least 2")
+        raise ValueError(f"unlabeled: its batch size is {self.bs}; "
+                         "MixUp and BatchNorm need at least 2")
     if self.n < self.bs:
         raise ValueError(f"unlabeled: {self.n} images do not fill one batch of {self.bs}; "
                          f"give its loader bs={max(self.n, 2)} or less, or more images")
     if getattr(self.dl.dataset, 'split_idx', None) == 1:
-        raise ValueError("unlabeled: this loader applies validation transforms (`dls.test_dl` makes such), "
-                         "so all views would be alike; make it with `unlabeled_dl(dls, items)`")
+        raise ValueError(
+            "unlabeled: this loader applies validation transforms (`dls.test_dl` makes "
+            "such), so all views would be alike; make it with `unlabeled_dl(dls, items)`")
 
 # %% ../nbs/03_core.ipynb #35417f76
 @patch
@@ -133,43 +134,27 @@ def __next__(self:ViewStream):
     else: views, idx = self._workers()
     return views.view(self.K, len(idx), *views.shape[1:]), idx
 
-# %% ../nbs/03_core.ipynb #0b04d478
+# %% ../nbs/03_core.ipynb #ebf1ee3c
+@patch
+def _shuffle(self:ViewStream):
+    if self.perm is None or self.pos + self.bs > self.n:
+        self.perm, self.pos = self.rng.permutation(self.n), 0
+
 @patch
 def _next_idx(self:ViewStream):
-    if self.perm is None or self.pos + self.bs > self.n: self.perm, self.pos = self.rng.permutation(self.n), 0
+    self._shuffle()
     self.pos += self.bs
     return self.perm[self.pos-self.bs:self.pos]
 
+# %% ../nbs/03_core.ipynb #868731a1
 @patch
 def _here(self:ViewStream):
-    # Not `iter(dl)`: starting an iterator draws from the global generators, and a resumed run would draw twice.
+    # Not `iter(dl)`: that draws from global generators, and a resumed run would draw twice.
     idx = self._next_idx()
-    self.dl.before_iter()
-    batches = [next(self._loader(self.bs).create_batches(idx.tolist())) for _ in range(self.K)]
+    loaders = [self._loader(self.bs) for _ in range(self.K)]
+    for dl in (self.dl, *loaders): dl.before_iter()   # tells transforms: this is training
+    batches = [next(dl.create_batches(idx.tolist())) for dl in loaders]
     return torch.cat([self._images(b) for b in batches]), torch.from_numpy(idx)
-
-@patch
-def _workers(self:ViewStream):
-    if self.it is None: self.it = iter(self._loader(self.bs*self.K, self._blocks))
-    b = next(self.it, None)
-    if b is None:
-        self.it, self.perm = iter(self._loader(self.bs*self.K, self._blocks)), None
-        b = next(self.it)
-    return b[0].as_subclass(torch.Tensor), torch.from_numpy(self._next_idx())
-
-# %% ../nbs/03_core.ipynb #7d2f0cec
-@patch
-def _loader(self:ViewStream, bs, get_idxs=None):
-    kw = {} if get_idxs is None else dict(get_idxs=get_idxs)
-    return self.dl.new(bs=bs, shuffle=False, drop_last=False, **kw)
-
-@patch
-def _blocks(self:ViewStream):
-    # The indices that `_next_idx` will hand out until this permutation is used up, each block K times.
-    if self.perm is None or self.pos + self.bs > self.n: self.perm, self.pos = self.rng.permutation(self.n), 0
-    rest = self.perm[self.pos:]
-    return [i for b in range(len(rest)//self.bs) for _ in range(self.K)
-            for i in rest[b*self.bs:(b+1)*self.bs].tolist()]
 
 @patch
 def _images(self:ViewStream, b):
@@ -178,27 +163,54 @@ def _images(self:ViewStream, b):
     b = self.dl.after_batch(b)
     return (b[0] if isinstance(b, tuple) else b).as_subclass(torch.Tensor)
 
-# %% ../nbs/03_core.ipynb #8595310c
 @patch
-def state_dict(self:ViewStream):
+def _loader(self:ViewStream, bs, **kwargs):
+    return self.dl.new(bs=bs, shuffle=False, drop_last=False, **kwargs)
+
+# %% ../nbs/03_core.ipynb #d0f1c9be
+@patch
+def _workers(self:ViewStream):
+    start = lambda: iter(self._loader(self.bs*self.K, get_idxs=self._blocks))
+    if self.it is None: self.it = start()
+    b = next(self.it, None)
+    if b is None:
+        self.it, self.perm = start(), None
+        b = next(self.it)
+    return b[0].as_subclass(torch.Tensor), torch.from_numpy(self._next_idx())
+
+@patch
+def _blocks(self:ViewStream):
+    # What `_next_idx` will hand out until this permutation is used up, each block K times.
+    self._shuffle()
+    rest = self.perm[self.pos:]
+    return [i for b in range(len(rest)//self.bs) for _ in range(self.K)
+            for i in rest[b*self.bs:(b+1)*self.bs].tolist()]
+
+# %% ../nbs/03_core.ipynb #07eb7bc6
+@patch
+def state_dict(self:ViewStream)->dict: # For `load_state_dict`
     "Position, order and generator, as tensors and numbers."
     res = dict(n=self.n, K=self.K, own=self.own)
     if self.own: return {**res, 'dl': self.dl.state_dict()}
     perm = None if self.perm is None else torch.from_numpy(self.perm)
     return {**res, 'rng': rng_state(self.rng), 'perm': perm, 'pos': self.pos}
 
+# %% ../nbs/03_core.ipynb #dae93822
 @patch
-def load_state_dict(self:ViewStream, state):
+def load_state_dict(self:ViewStream,
+    state:dict, # What `state_dict` returned
+):
     "Continue where `state` was taken; refuses a state of another data set."
     if state['n'] != self.n or state['own'] != self.own:
-        raise ValueError(f"unlabeled: the checkpoint was written with {state['n']} unlabelled images, now "
-                         f"there are {self.n}; resume with the same data or start in another folder")
+        raise ValueError(
+            f"unlabeled: the checkpoint was written with {state['n']} unlabelled images, "
+            f"now there are {self.n}; resume with the same data or start in another folder")
     if self.own: return self.dl.load_state_dict(state['dl'])
     set_rng_state(self.rng, state['rng'])
-    self.perm = None if state['perm'] is None else state['perm'].numpy()
+    self.perm = None if state['perm'] is None else state['perm'].cpu().numpy()
     self.pos, self.it = state['pos'], None
 
-# %% ../nbs/03_core.ipynb #dc472ce7
+# %% ../nbs/03_core.ipynb #3cbd375f
 def unlabeled_dl(
     dls, # fastai `DataLoaders` made by a `DataBlock` (or `ImageDataLoaders`)
     items, # Unlabelled items of the same kind, e.g. the result of `get_image_files`
@@ -208,15 +220,16 @@ def unlabeled_dl(
     "A loader of unlabelled `items` with the *training* transforms of `dls`."
     ds = dls.train_ds
     if not isinstance(ds, (Datasets, TfmdLists)):
-        raise TypeError(f"dls: its training set is a {type(ds).__name__}, not made by a DataBlock; "
-                        "for image tensors use `ImageDL(data, index=True, augment=...)`")
-    items = L(items)
-    if not items: raise ValueError("items: there is not one unlabelled item; is the folder right?")
+        raise TypeError(
+            f"dls: its training set is a {type(ds).__name__}, not made by a DataBlock; "
+            "for image tensors use `ImageDL(data, index=True, augment=...)`")
+    if not (items := L(items)):
+        raise ValueError("items: there is not one unlabelled item; is the folder right?")
     tls = ds.tls[:ds.n_inp] if isinstance(ds, Datasets) else [ds]
     new = Datasets(tls=[o._new(items, split_idx=0) for o in tls])
     return dls.train.new(new, bs=bs or dls.train.bs, shuffle=True, drop_last=True, **kwargs)
 
-# %% ../nbs/03_core.ipynb #6a8e529c
+# %% ../nbs/03_core.ipynb #18d57253
 class Watchdog:
     "Raises `FloatingPointError` with the step and the name of the first bad tensor."
     def __init__(self,
@@ -224,8 +237,12 @@ class Watchdog:
     ):
         self.every, self.bad = every, {}
 
-    def __call__(self, step, good, why):
-        "Note whether the scalar `good` is true at `step`; `why` completes the sentence of the error."
+    def __call__(self,
+        step:int, # Number of the step
+        good:torch.Tensor, # Scalar, true if all is well
+        why:str, # The rest of the sentence, if it is not
+    ):
+        "Stop at once on the CPU; elsewhere note the first step at which `good` is false."
         if good.device.type == 'cpu':
             if not good: raise FloatingPointError(f"step {step}: {why}")
             return
@@ -245,13 +262,19 @@ def look(self:Watchdog):
     if at[first] < math.inf:
         raise FloatingPointError(f"step {int(at[first])}: {list(bad)[first]}")
 
-# %% ../nbs/03_core.ipynb #ef13d496
+# %% ../nbs/03_core.ipynb #04eefaf9
 class PartsCallback(Callback):
-    "A callback that brings others along: they join and leave the `Learner` together with it."
-    def parts(self, learn): return []
+    "A callback that brings others along: they join and leave the `Learner` with it."
+    def parts(self,
+        learn, # The `Learner` that is joined
+    )->list: # Callbacks
+        "Whom to bring along."
+        return []
 
     @property
-    def learn(self): return self.__dict__.get('_learn')
+    def learn(self):
+        "The `Learner`, None outside of one."
+        return self.__dict__.get('_learn')
 
     @learn.setter
     def learn(self, learn):
@@ -259,18 +282,23 @@ class PartsCallback(Callback):
         if learn is not None and learn is not old:
             self.__dict__['_parts'] = self.parts(learn)
             learn.add_cbs(self._parts)
-        elif learn is None and old is not None: old.remove_cbs(self.__dict__.pop('_parts', []))
+        elif learn is None and old is not None:
+            old.remove_cbs(self.__dict__.pop('_parts', []))
 
-# %% ../nbs/03_core.ipynb #4a1eec78
+# %% ../nbs/03_core.ipynb #95f95340
 class OnStep(Callback):
     "Calls `stepped` after each update of the weights, and only then."
-    def after_cancel_step(self): self.__dict__['_skipped'] = True
+    def stepped(self): "What to do after an update."
+
+    def after_cancel_step(self):
+        "Remember that this step was skipped."
+        self.__dict__['_skipped'] = True
 
     def after_step(self):
-        # fastai sends `after_step` also for a step that AMP skipped; accumulated batches do not get here at all.
+        "Ask for `stepped`; batches whose gradients are accumulated do not get here at all."
         if not self.__dict__.pop('_skipped', False): self.stepped()
 
-# %% ../nbs/03_core.ipynb #9c7b3eb1
+# %% ../nbs/03_core.ipynb #ae04c8ef
 def one_hot(
     y:torch.Tensor, # Integer labels (B,), or rows of probabilities (B,C)
     c:int, # Number of classes, $C$
@@ -278,112 +306,148 @@ def one_hot(
     "Labels as rows of probabilities; an integer outside `0..c-1` becomes a row of zeros."
     if y.ndim == 2 and y.shape[1] == c: return y.float()
     if y.ndim != 1 or y.is_floating_point():
-        raise ValueError(f"labels: got shape {tuple(y.shape)} of {y.dtype}, expected integers (B,) or "
-                         f"one row of {c} probabilities for each image")
+        raise ValueError(
+            f"labels: got shape {tuple(y.shape)} of {y.dtype}, expected integers (B,) or "
+            f"one row of {c} probabilities for each image")
     return (y[:, None] == torch.arange(c, device=y.device)).float()
 
-# %% ../nbs/03_core.ipynb #617ee39c
+# %% ../nbs/03_core.ipynb #4ac6a464
 class SemiSupervised(PartsCallback, OnStep):
     "Base of all methods: unlabelled views in, named loss terms out; a subclass says which."
     order, run_valid = GradientAccumulation.order-1, False
-    _stateattrs = ('stream', 'unlabeled', 'watch')   # an exported Learner does not carry the unlabelled data
+    _stateattrs = ('stream', 'unlabeled', 'watch')   # these are not exported
     terms = ()   # names of the columns in fastai's table
 
     def __init__(self,
         unlabeled=None, # Loader of unlabelled images; `dls.unlabeled` if not given
         K:int=1, # Views of each unlabelled image in a step
-        ema:float=None, # Decay of an `EMATeacher` that is evaluated instead of the model; None for none
+        ema:float=None, # Decay of the `EMATeacher` that is evaluated; None for none
         seed:int=0, # Of every draw that the method itself makes
     ):
+        if not isinstance(K, int) or K < 1:
+            raise ValueError(f"K: got {K!r}, expected an integer of at least 1")
         self.unlabeled, self.K, self.ema, self.seed = unlabeled, K, ema, seed
         self.stream, self.n_step, self.watch = None, 0, Watchdog()
         self.rng, self.sums = np.random.RandomState(seed), None
-        if not isinstance(K, int) or K < 1: raise ValueError(f"K: got {K!r}, expected an integer of at least 1")
 
-    def make_batch(self, x, y, views, idx): raise NotImplementedError
-    def loss_terms(self, logits): raise NotImplementedError
+# %% ../nbs/03_core.ipynb #bee94bd4
+@patch
+def make_batch(self:SemiSupervised,
+    x:torch.Tensor, # Labelled images, floats (B,C,H,W)
+    y:torch.Tensor, # Their labels as rows of probabilities (B,classes)
+    views:torch.Tensor, # Views of unlabelled images, floats (K,B',C,H,W)
+    idx:torch.Tensor, # Their positions in the unlabelled data set (B',)
+)->torch.Tensor: # Rows for the network, labelled ones first
+    "What goes into the network."
+    raise NotImplementedError(f"{type(self).__name__}: define make_batch(x, y, views, idx)")
 
-# %% ../nbs/03_core.ipynb #dfa4ff0a
+# %% ../nbs/03_core.ipynb #e16cd2b0
+@patch
+def loss_terms(self:SemiSupervised,
+    logits:torch.Tensor, # For all rows that `make_batch` returned, in fp32
+)->dict: # Name: (scalar, weight)
+    "What is lost."
+    raise NotImplementedError(f"{type(self).__name__}: define loss_terms(logits)")
+
+# %% ../nbs/03_core.ipynb #09fe7c41
 @patch
 def before_train(self:SemiSupervised):
     "Check loaders and classes; make the stream of views once."
-    self.sums = {k: 0. for k in self.terms} if not self.__dict__.get('_resumed') else self.sums
-    self.__dict__['_resumed'] = False
+    if not self.__dict__.pop('_resumed', False): self.sums = {k: 0. for k in self.terms}
     if self.stream is None: self.stream = self._make_stream()
     self.c = getattr(self.dls, 'c', None)
-    if not self.c: raise ValueError("dls: it does not say its number of classes; set `dls.c`")
-    train, n = self.dls.train, len(self.dls.train)
-    if n == 0:
-        raise ValueError(f"dls.train: {len(train.dataset)} labelled images give no whole batch of {train.bs}; "
-                         f"use bs={len(train.dataset)} or less")
+    if not self.c:
+        raise ValueError("dls: it does not say its number of classes; set `dls.c`")
+    train = self.dls.train
+    if len(train) == 0:
+        n = len(train.dataset)
+        raise ValueError(f"dls.train: {n} labelled images give no whole batch of "
+                         f"{train.bs}; use bs={n} or less")
 
-# %% ../nbs/03_core.ipynb #9775c86c
+# %% ../nbs/03_core.ipynb #37e9495d
 @patch
 def _make_stream(self:SemiSupervised):
-    dl = self.unlabeled if self.unlabeled is not None else getattr(self.learn.dls, 'unlabeled', None)
+    dl = self.unlabeled
+    if dl is None: dl = getattr(self.learn.dls, 'unlabeled', None)
     if dl is None:
-        raise ValueError(f"unlabeled: {type(self).__name__} has no unlabelled data; pass a loader, e.g. "
-                         "unlabeled=unlabeled_dl(dls, get_image_files(folder)), or use dls from `get_dls`")
+        raise ValueError(
+            f"unlabeled: {type(self).__name__} has no unlabelled data; pass a loader, "
+            "e.g. unlabeled=unlabeled_dl(dls, get_image_files(folder)), or use dls from "
+            "`get_dls`")
     if not hasattr(dl, 'dataset') or not hasattr(dl, 'bs'):
-        raise TypeError(f"unlabeled: got a {type(dl).__name__}, expected an `ImageDL` or a fastai DataLoader")
+        raise TypeError(f"unlabeled: got a {type(dl).__name__}, expected an `ImageDL` or a "
+                        "fastai DataLoader")
     stream = ViewStream(dl, self.K, self.seed)
     pending = self.__dict__.pop('_stream_state', None)
     if pending is not None: stream.load_state_dict(pending)
     return stream
 
-# %% ../nbs/03_core.ipynb #46ef1a19
+# %% ../nbs/03_core.ipynb #ff1368f1
 @patch
 def before_batch(self:SemiSupervised):
     "Labelled batch and unlabelled views become the rows that go into the network."
     x, y = self.xb[0].as_subclass(torch.Tensor), self.yb[0].as_subclass(torch.Tensor)
     views, idx = (o.to(x.device, non_blocking=True) for o in next(self.stream))
     self._same_kind(x, views)
-    y = one_hot(y, self.c)
-    self.watch(self.n_step, x.sum().isfinite(), 'the labelled images are not finite')
-    self.watch(self.n_step, views.sum().isfinite(), 'the unlabelled images are not finite')
-    self.watch(self.n_step, ((y.sum(1) - 1).abs() < 1e-3).all(),
+    y, step = one_hot(y, self.c), self.n_step
+    self.watch(step, x.sum().isfinite(), 'the labelled images are not finite')
+    self.watch(step, views.sum().isfinite(), 'the unlabelled images are not finite')
+    self.watch(step, ((y.sum(1) - 1).abs() < 1e-3).all(),
                f'a label lies outside the {self.c} classes, or its row does not sum to 1')
     self.n_x = len(x)
     self.learn.xb = (self.make_batch(x, y, views, idx),)
 
-# %% ../nbs/03_core.ipynb #a5e5de9f
+# %% ../nbs/03_core.ipynb #a95cbf56
 @patch
 def _same_kind(self:SemiSupervised, x, views):
     if x.shape[1:] != views.shape[2:] or x.dtype != views.dtype:
-        raise ValueError(f"unlabeled: its images are {tuple(views.shape[2:])} of {views.dtype}, the labelled "
-                         f"ones {tuple(x.shape[1:])} of {x.dtype}; both must be alike (same item transforms?)")
-    if len(x) < 2: raise ValueError("dls.train: a batch of one labelled image; MixUp and BatchNorm need at least 2")
+        raise ValueError(
+            f"unlabeled: its images are {tuple(views.shape[2:])} of {views.dtype}, the "
+            f"labelled ones {tuple(x.shape[1:])} of {x.dtype}; both must be alike (same "
+            "item transforms?)")
+    if len(x) < 2:
+        raise ValueError("dls.train: a batch of one labelled image; MixUp and BatchNorm "
+                         "need at least 2")
 
+# %% ../nbs/03_core.ipynb #09accf25
 @patch
-def check_logits(self:SemiSupervised, logits):
-    "Raise if the model does not give one output for each class."
+def check_logits(self:SemiSupervised,
+    logits:torch.Tensor, # What the model gave
+)->torch.Tensor: # The same in fp32, (rows, classes)
+    "Raise `ValueError` if the model does not give one output for each class."
     if logits.ndim != 2 or logits.shape[1] != self.c:
-        raise ValueError(f"model: it gives an output of shape {tuple(logits.shape)} for {self.c} classes; "
-                         f"its last layer must have {self.c} outputs")
+        raise ValueError(f"model: it gives an output of shape {tuple(logits.shape)} for "
+                         f"{self.c} classes; its last layer must have {self.c} outputs")
     return logits.float()
 
-# %% ../nbs/03_core.ipynb #d8cfa2eb
+# %% ../nbs/03_core.ipynb #b8d02088
 @patch
 def autocast(self:SemiSupervised):
     "Mixed precision as the `Learner` uses it; nothing if it does not."
     amp = getattr(self.learn, 'mixed_precision', None)
     return nullcontext() if amp is None else amp.autocast
 
+# %% ../nbs/03_core.ipynb #d20a13e6
 @patch
 @contextmanager
-def training_mode(self:SemiSupervised, model):
+def training_mode(self:SemiSupervised,
+    model:nn.Module, # Student or teacher
+):
     "Within this block `model` is in training mode."
     was = model.training
     model.train()
     try: yield
     finally: model.train(was)
 
-# %% ../nbs/03_core.ipynb #af3181d7
+# %% ../nbs/03_core.ipynb #305087f3
 @patch
-def gather(self:SemiSupervised, pred):
-    "Logits of all rows, labelled ones first; methods with several forwards override this."
+def gather(self:SemiSupervised,
+    pred:torch.Tensor, # What the model gave for the rows of `make_batch`
+)->torch.Tensor: # Logits of all rows, labelled ones first
+    "Hook for methods that need several forwards."
     return pred
 
+# %% ../nbs/03_core.ipynb #e8fba3a2
 @patch
 def after_pred(self:SemiSupervised):
     "Logits become named terms; fastai sees those of the labelled rows."
@@ -401,9 +465,11 @@ def after_loss(self:SemiSupervised):
     "The loss to differentiate is the weighted sum of the terms."
     self.learn.loss_grad, self.learn.loss = self.total, self.total.detach().clone()
 
-# %% ../nbs/03_core.ipynb #07872bc9
+# %% ../nbs/03_core.ipynb #e5b68091
 @patch
-def stepped(self:SemiSupervised): self.n_step += 1
+def stepped(self:SemiSupervised):
+    "Count the update."
+    self.n_step += 1
 
 @patch
 def note(self:SemiSupervised,
@@ -413,39 +479,51 @@ def note(self:SemiSupervised,
     "Count `value` into the epoch's mean of the column `name`."
     if name in self.terms: self.sums[name] = self.sums[name] + value
 
+# %% ../nbs/03_core.ipynb #6c6201fa
 @patch
-def columns(self:SemiSupervised):
-    "Means of the terms over the epoch so far, by name (waits for the device)."
+def columns(self:SemiSupervised)->dict: # Name of each term: number
+    "Means of the terms over the epoch so far (waits for the device)."
     n = max(self.sums.get('_n', 0), 1)
     return {k: float(self.sums[k])/n for k in self.terms}
 
 @patch
-def after_train(self:SemiSupervised): self.watch.look()
+def after_train(self:SemiSupervised):
+    "Read the watchdog's notes."
+    self.watch.look()
 
-# %% ../nbs/03_core.ipynb #1ba88a3b
+# %% ../nbs/03_core.ipynb #513ecc7e
 @patch
 def before_fit(self:SemiSupervised):
     "Around `lr_find`, remember the state, to put it back afterwards."
     self._put_back()
-    if hasattr(self.learn, 'lr_finder'): self.__dict__['_before_lr_find'] = deepcopy(self.state_dict())
+    if hasattr(self.learn, 'lr_finder'):
+        if self.stream is None: self.stream = self._make_stream()
+        self.__dict__['_before_lr_find'] = deepcopy(self.state_dict())
 
 @patch
-def after_fit(self:SemiSupervised): self._put_back()
+def after_fit(self:SemiSupervised):
+    "Put back what `lr_find` has changed."
+    self._put_back()
 
 @patch
 def _put_back(self:SemiSupervised):
     state = self.__dict__.pop('_before_lr_find', None)
-    if state is not None: self.load_state_dict(state)
+    if state is None: return
+    self.load_state_dict(state)
+    self.__dict__['_resumed'] = False   # the next epoch's columns start from zero
 
-# %% ../nbs/03_core.ipynb #cd70e611
+# %% ../nbs/03_core.ipynb #096c57ef
 @patch
-def state_dict(self:SemiSupervised):
+def state_dict(self:SemiSupervised)->dict: # For `load_state_dict`
     "Everything that the method remembers, as tensors and numbers."
     return dict(n_step=self.n_step, rng=rng_state(self.rng), sums=self.sums,
                 stream=None if self.stream is None else self.stream.state_dict())
 
+# %% ../nbs/03_core.ipynb #d56acfe7
 @patch
-def load_state_dict(self:SemiSupervised, state):
+def load_state_dict(self:SemiSupervised,
+    state:dict, # What `state_dict` returned
+):
     "Continue from `state`, before or after the stream was made."
     self.n_step, self.sums = state['n_step'], state['sums']
     set_rng_state(self.rng, state['rng'])
@@ -454,25 +532,33 @@ def load_state_dict(self:SemiSupervised, state):
     elif self.stream is None: self.__dict__['_stream_state'] = state['stream']
     else: self.stream.load_state_dict(state['stream'])
 
-# %% ../nbs/03_core.ipynb #7a43e7f7
+# %% ../nbs/03_core.ipynb #83c2903f
 class LossColumns(Callback):
     "Shows the epoch means of a method's terms in fastai's table."
     order, remove_on_fetch = Recorder.order+1, True
-    def __init__(self, method): self.method = method
+    def __init__(self,
+        method:SemiSupervised, # Whose terms
+    ): self.method = method
+
     def before_fit(self):
+        "Insert the names after those of the training metrics."
         at = 1 + len(self.recorder._train_mets)
         names = self.recorder.metric_names
         self.recorder.metric_names = names[:at] + L(self.method.terms) + names[at:]
     def after_train(self):
+        "Insert the numbers."
         if self.method.sums: self.recorder.log += L(self.method.columns().values())
 
+# %% ../nbs/03_core.ipynb #14c09c85
 @patch
-def parts(self:SemiSupervised, learn):
+def parts(self:SemiSupervised,
+    learn, # The `Learner` that is joined
+)->list: # Callbacks
     "The callbacks that come along: loss columns, and a teacher unless the Learner has one."
-    teacher = [] if self.ema is None or hasattr(learn, 'ema_teacher') else [EMATeacher(self.ema)]
-    return [LossColumns(self)] + teacher
+    alone = self.ema is None or hasattr(learn, 'ema_teacher')
+    return [LossColumns(self)] + ([] if alone else [EMATeacher(self.ema)])
 
-# %% ../nbs/03_core.ipynb #cef51ea8
+# %% ../nbs/03_core.ipynb #ba7394ef
 def unwrap(
     model:nn.Module, # Perhaps wrapped by DDP or `torch.compile`
 )->nn.Module: # The module that the user made
@@ -481,30 +567,33 @@ def unwrap(
         model = getattr(model, 'module', None) or model._orig_mod
     return model
 
+# %% ../nbs/03_core.ipynb #c7bc2246
 def ema_update(
     teacher:list, # Averaged tensors, changed in place
     student:list, # Their current values
     decay:float, # $d$; 0 copies, 1 never moves
 ):
-    r"$\bar\theta\leftarrow d\bar\theta+(1-d)\theta$ for lists of tensors, in a few fused kernels."
+    r"$\bar\theta\leftarrow d\bar\theta+(1-d)\theta$ for lists of tensors, in few kernels."
     get_ema_multi_avg_fn(decay)(teacher, student, None)
 
-# %% ../nbs/03_core.ipynb #20fc57bd
+# %% ../nbs/03_core.ipynb #3467de45
 class EMATeacher(OnStep):
-    "Keeps the exponential moving average of the model and, if asked, evaluates it instead of the model."
+    "Keeps the exponential moving average of the model and, if asked, evaluates it instead."
     order = 90   # last in `before_batch`, so that nobody sees the redirected model
     def __init__(self,
         decay:float=.999, # $d$, without bias correction
         buffers:str='copy', # `copy`, `average` or `own`: see the table above
         evaluate:bool=True, # Validation and predictions come from the teacher
     ):
-        if not 0 <= decay <= 1: raise ValueError(f"decay: got {decay}, expected a number from 0 to 1")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: got {decay}, expected a number from 0 to 1")
         if buffers not in ('copy', 'average', 'own'):
-            raise ValueError(f"buffers: got {buffers!r}, expected 'copy', 'average' or 'own'")
+            raise ValueError(f"buffers: got {buffers!r}, expected 'copy', 'average' or "
+                             "'own'")
         self.decay, self.buffers, self.evaluate = decay, buffers, evaluate
         self.teacher, self.n_updates = None, 0
 
-# %% ../nbs/03_core.ipynb #24937c84
+# %% ../nbs/03_core.ipynb #f417ad11
 @patch
 def before_train(self:EMATeacher):
     "Make the teacher, once; refuse a model of another architecture."
@@ -512,7 +601,8 @@ def before_train(self:EMATeacher):
     if self.teacher is None: self._make()
     shapes = lambda m: {k: v.shape for k,v in m.state_dict().items()}
     if shapes(self.teacher) != shapes(unwrap(self.model)):
-        raise ValueError("model: it differs from the teacher's architecture; call `learn.ema_teacher.reset()`")
+        raise ValueError("model: it differs from the teacher's architecture; "
+                         "call `learn.ema_teacher.reset()`")
     self.teacher.to(next(self.model.parameters()).device)
 
 @patch
@@ -524,7 +614,7 @@ def reset(self:EMATeacher):
     "Forget the teacher; the next `fit` starts a new one."
     self.teacher, self.n_updates = None, 0
 
-# %% ../nbs/03_core.ipynb #8f84ef56
+# %% ../nbs/03_core.ipynb #26a225da
 @patch
 def stepped(self:EMATeacher):
     "Move the teacher's weights, and its buffers if they are averaged."
@@ -537,16 +627,18 @@ def stepped(self:EMATeacher):
                 t.lerp_(s, 1-self.decay) if t.is_floating_point() else t.copy_(s)
     self.n_updates += 1
 
+# %% ../nbs/03_core.ipynb #1f7af923
 @patch
 def sync_buffers(self:EMATeacher):
     "With `buffers='copy'`, bring the student's buffers over."
     if self.buffers != 'copy' or self.teacher is None: return
     with torch.no_grad():
-        for t,s in zip(self.teacher.buffers(), unwrap(self.learn.model).buffers()): t.copy_(s)
+        for t,s in zip(self.teacher.buffers(), unwrap(self.learn.model).buffers()):
+            t.copy_(s)
 
-# %% ../nbs/03_core.ipynb #e80048d9
+# %% ../nbs/03_core.ipynb #a51a2d52
 class _Once(nn.Module):
-    "Stands in for `learn.model` for one call: puts the student back, then runs the teacher."
+    "Stands in for `learn.model` for one call: puts the student back, runs the teacher."
     def __init__(self, learn, teacher):
         super().__init__()
         self.__dict__.update(learn=learn, student=learn.model, teacher=teacher)
@@ -554,8 +646,11 @@ class _Once(nn.Module):
         self.learn.model = self.student
         return self.teacher(*xb)
 
+# %% ../nbs/03_core.ipynb #8d972c32
 @patch
-def before_validate(self:EMATeacher): self.sync_buffers()
+def before_validate(self:EMATeacher):
+    "Bring the buffers up to date."
+    self.sync_buffers()
 
 @patch
 def before_batch(self:EMATeacher):
@@ -564,75 +659,86 @@ def before_batch(self:EMATeacher):
         self.learn.model = _Once(self.learn, self.teacher)
 
 @patch
-def after_fit(self:EMATeacher): self.sync_buffers()
+def after_fit(self:EMATeacher):
+    "Bring the buffers up to date."
+    self.sync_buffers()
 
-# %% ../nbs/03_core.ipynb #58e75b83
+# %% ../nbs/03_core.ipynb #cff6dc20
 @patch
 def adopt(self:EMATeacher):
-    "Copy the teacher into the model: what is then saved or exported is the averaged network alone."
+    "Copy the teacher into the model, to save or export the averaged network alone."
     if self.teacher is None: raise ValueError("There is no teacher yet: train first")
     self.sync_buffers()
     unwrap(self.learn.model).load_state_dict(self.teacher.state_dict())
 
+# %% ../nbs/03_core.ipynb #8a1930ac
 @patch
-def state_dict(self:EMATeacher):
+def state_dict(self:EMATeacher)->dict: # For `load_state_dict`
     "The teacher's tensors and the number of its updates."
     self.sync_buffers()
     sd = None if self.teacher is None else dict(self.teacher.state_dict())
     return dict(teacher=sd, n_updates=self.n_updates)
 
+# %% ../nbs/03_core.ipynb #e850d530
 @patch
-def load_state_dict(self:EMATeacher, state):
+def load_state_dict(self:EMATeacher,
+    state:dict, # What `state_dict` returned
+):
     "Continue from `state`; makes the teacher if there is none."
     self.n_updates = state['n_updates']
-    if state['teacher'] is None: self.teacher = None; return
-    if self.teacher is None: self._make()
-    self.teacher.load_state_dict(state['teacher'])
+    if state['teacher'] is None: self.teacher = None
+    else:
+        if self.teacher is None: self._make()
+        self.teacher.load_state_dict(state['teacher'])
 
-# %% ../nbs/03_core.ipynb #ea748bda
+# %% ../nbs/03_core.ipynb #4a7d9941
 def write_atomically(
     obj, # Nested dicts and lists of tensors and numbers
     path, # Final name
 ):
-    "Write `obj` so that `path` is either absent, the old file or the whole new one, even after a power cut."
+    "Write `obj`: after a power cut, too, `path` is absent, as before, or whole and new."
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with open(tmp, 'wb') as f:
-        torch.save(obj, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-    if os.name == 'posix':   # the rename itself must reach the disk too
+    try:
+        with open(tmp, 'wb') as f:
+            torch.save(obj, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)   # half a file on a full disk helps nobody
+    if os.name == 'posix':   # the new name must reach the disk too
         d = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(d)
         finally: os.close(d)
 
-# %% ../nbs/03_core.ipynb #c183ac25
+# %% ../nbs/03_core.ipynb #4c382b08
 def read_checkpoint(
     path, # File that `Checkpoint` wrote
     map_location='cpu', # Where its tensors go
 )->dict: # The state
-    "Read a checkpoint without executing anything in it; a damaged or foreign file is an error that says so."
-    path, other = Path(path), "move it away to go on from the one before, or choose another folder"
+    "Read a checkpoint, executing nothing in it; `ValueError` if it is damaged or foreign."
+    path = Path(path)
+    other = "move it away to go on from the one before, or choose another folder"
     try:
         with zipfile.ZipFile(path) as z: bad = z.testzip()
-        state = None if bad else torch.load(path, map_location=map_location, weights_only=True)
+        if not bad: state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path}: this is not a whole checkpoint ({type(e).__name__}); {other}") from e
+        why = f"this is not a whole checkpoint ({type(e).__name__})"
+        raise ValueError(f"{path}: {why}; {other}") from e
     if bad: raise ValueError(f"{path}: this checkpoint is damaged (in {bad}); {other}")
     if not isinstance(state, dict) or state.get('format') != 'ssl_notes-1':
         raise ValueError(f"{path}: this file was not written by `Checkpoint`; {other}")
     return state
 
-# %% ../nbs/03_core.ipynb #394db50f
+# %% ../nbs/03_core.ipynb #37e21df8
 class Checkpoint(PartsCallback, OnStep):
-    "Saves the whole state of training every `every` updates and at the end; `fit` continues from the newest one."
+    "Saves the whole state of training, in between and at the end; `fit` goes on from it."
     order = Recorder.order+5
     def __init__(self,
         folder, # Where the files go; one folder for one run
         every:int=1000, # Updates between two files
         keep:int=3, # How many files stay
-        resume:bool=True, # Continue from the newest file; if False, a folder with files in it is refused
+        resume:bool=True, # Go on from the newest file; if False, refuse a folder with files
     ):
         for k,v in dict(every=every, keep=keep).items():
             if v < 1: raise ValueError(f"{k}: got {v}, expected at least 1")
@@ -640,10 +746,17 @@ class Checkpoint(PartsCallback, OnStep):
         self.state, self.n_updates, self.due, self.offset = None, 0, False, 0
         self.fresh, self.in_epoch, self.finished = True, False, False
 
-    def parts(self, learn): return [_Early(self)]
-    def files(self): return sorted(self.folder.glob('step_*.pt'))
+    def parts(self,
+        learn, # The `Learner` that is joined
+    )->list: # Callbacks
+        "Brings along what must run before all others."
+        return [_Early(self)]
 
-# %% ../nbs/03_core.ipynb #e1365e18
+    def files(self)->list: # Paths, the newest last
+        "The checkpoints in the folder."
+        return sorted(self.folder.glob('step_*.pt'))
+
+# %% ../nbs/03_core.ipynb #32f94649
 def _plain(o):
     # fastcore's L and fastai's tensor subclasses would need code to be unpickled.
     if isinstance(o, torch.Tensor): return o.detach().as_subclass(torch.Tensor)
@@ -653,10 +766,12 @@ def _plain(o):
     if isinstance(o, np.generic): return o.item()
     return o
 
-_fastai_state = {GradientAccumulation: ('count',), TrackerCallback: ('best', 'new_best', 'wait')}
+# %% ../nbs/03_core.ipynb #0c54f804
+_fastai_state = {GradientAccumulation: ('count',),
+                 TrackerCallback: ('best', 'new_best', 'wait')}
 
 def _cb_state(cb):
-    # On the class: an instance passes unknown names on to the model, which has a `state_dict` too.
+    # On the class: an instance passes unknown names on to the model, which has one too.
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     names = [n for c,ns in _fastai_state.items() if isinstance(cb, c) for n in ns]
     return {n: getattr(cb, n) for n in names if hasattr(cb, n)}
@@ -666,35 +781,55 @@ def _set_cb_state(cb, state):
     else:
         for k,v in state.items(): setattr(cb, k, v)
 
-# %% ../nbs/03_core.ipynb #1e1c7580
+# %% ../nbs/03_core.ipynb #5b7db67e
 @patch
-def capture(self:Checkpoint, epoch, batch):
-    "The whole state of training: plain tensors, numbers and strings."
-    l, r, scaler = self.learn, self.learn.recorder, getattr(self.learn, 'scaler', None)
+def _others(self:Checkpoint):
+    # The callbacks that have something to remember, by name
+    mine = self, *self._parts
+    return {cb.name: s for cb in self.learn.cbs if cb not in mine and (s := _cb_state(cb))}
+
+@patch
+def _curves(self:Checkpoint):
+    r = self.learn.recorder
+    return dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters,
+                smooth=(r.smooth_loss.count, r.smooth_loss.val))
+
+# %% ../nbs/03_core.ipynb #4ee36915
+@patch
+def capture(self:Checkpoint,
+    epoch:int, # Epoch in which training goes on
+    batch:int, # Batch of this epoch with which it goes on
+)->dict: # Plain tensors, numbers and strings
+    "The whole state of training."
+    l, scaler = self.learn, getattr(self.learn, 'scaler', None)
     dl = l.dls.train
     return _plain(dict(
         format='ssl_notes-1', epoch=epoch, batch=batch, n_epoch=l.n_epoch, n_iter=len(dl),
         n_updates=self.n_updates, pct_train=l.pct_train, train_iter=l.train_iter,
         model=dict(unwrap(l.model).state_dict()), opt=l.opt.state_dict(),
-        scaler=scaler.state_dict() if scaler is not None else None,
-        cbs={cb.name: s for cb in l.cbs if cb not in (self, *self._parts) and (s := _cb_state(cb))},
-        loader=dl.state_dict() if hasattr(type(dl), 'state_dict') else None, epoch_start=self.epoch_start,
-        rng=global_rng_state(), recorder=dict(
-            lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters,
-            smooth=(r.smooth_loss.count, r.smooth_loss.val))))
+        scaler=scaler.state_dict() if scaler is not None else None, cbs=self._others(),
+        loader=dl.state_dict() if hasattr(type(dl), 'state_dict') else None,
+        epoch_start=self.epoch_start, rng=global_rng_state(), recorder=self._curves()))
 
-# %% ../nbs/03_core.ipynb #3928a0c0
+# %% ../nbs/03_core.ipynb #9242d272
 @patch
-def save(self:Checkpoint, epoch, batch):
-    "Write a checkpoint now and drop the oldest."
+def save(self:Checkpoint,
+    epoch:int, # As for `capture`
+    batch:int, # As for `capture`
+):
+    "Write a checkpoint now and drop the oldest; nothing is written after a NaN."
     for cb in self.learn.cbs:
         if isinstance(cb, SemiSupervised): cb.watch.look()
     if rank_distrib(): return
-    write_atomically(self.capture(epoch, batch), self.folder/f'step_{self.n_updates:09d}_{epoch:05d}.pt')
+    name = f'step_{self.n_updates:09d}_{epoch:05d}.pt'
+    write_atomically(self.capture(epoch, batch), self.folder/name)
     for f in self.files()[:-self.keep]: f.unlink()
 
+# %% ../nbs/03_core.ipynb #2af06631
 @patch
 def stepped(self:Checkpoint):
+    "Count the update."
+    if hasattr(self.learn, 'lr_finder'): return
     self.n_updates += 1
     self.due = self.due or self.n_updates % self.every == 0
 
@@ -705,46 +840,58 @@ def after_batch(self:Checkpoint):
         self.due = False
         self.save(self.epoch, self.learn.iter + 1)
 
-# %% ../nbs/03_core.ipynb #8ca0a1eb
+# %% ../nbs/03_core.ipynb #26adff60
 @patch
-def before_fit(self:Checkpoint): self.fresh = True
+def before_fit(self:Checkpoint):
+    "Note that training has not started yet."
+    self.fresh = True
 
 @patch
 def start(self:Checkpoint):
-    "Read the newest checkpoint, if there is one, and put weights, optimiser and callbacks back."
+    "Read the newest checkpoint, if any, and put weights, optimiser and callbacks back."
     self.state, self.n_updates, self.due, self.fresh = None, 0, False, False
     self.folder.mkdir(parents=True, exist_ok=True)
     for f in self.folder.glob('.step_*.tmp'): f.unlink()
     if not (files := self.files()): return
     if not self.resume or self.finished:
-        raise ValueError(f"folder: {self.folder} holds the checkpoints of a {'finished ' if self.finished else ''}"
-                         "run; choose another folder (or resume=True to go on with a run that was interrupted)")
+        a = 'a finished' if self.finished else 'a'
+        raise ValueError(
+            f"folder: {self.folder} holds the checkpoints of {a} run; choose another "
+            "folder (or resume=True to go on with a run that was interrupted)")
     self.state = read_checkpoint(files[-1], next(self.model.parameters()).device)
+    self._same_run(files[-1])
     self._restore(files[-1])
 
-# %% ../nbs/03_core.ipynb #00503c39
+# %% ../nbs/03_core.ipynb #2678cf25
+@patch
+def _same_run(self:Checkpoint, path):
+    s, l = self.state, self.learn
+    then = dict(n_epoch=s['n_epoch'], n_iter=s['n_iter'], callbacks=sorted(s['cbs']))
+    now = dict(n_epoch=l.n_epoch, n_iter=len(l.dls.train), callbacks=sorted(self._others()))
+    for k in now:
+        if now[k] != then[k]:
+            raise ValueError(
+                f"{path}: written by a run with {k}={then[k]}, this one has {k}={now[k]}; "
+                "run with the same settings or choose another folder")
+
+# %% ../nbs/03_core.ipynb #2e280fb5
 @patch
 def _restore(self:Checkpoint, path):
     s, l = self.state, self.learn
-    now = dict(n_epoch=l.n_epoch, n_iter=len(l.dls.train), callbacks=sorted(
-        cb.name for cb in l.cbs if cb not in (self, *self._parts) and _cb_state(cb)))
-    then = dict(n_epoch=s['n_epoch'], n_iter=s['n_iter'], callbacks=sorted(s['cbs']))
-    for k in now:
-        if now[k] != then[k]:
-            raise ValueError(f"{path}: written by a run with {k}={then[k]}, this one has {k}={now[k]}; "
-                             "run with the same settings or choose another folder")
     try: unwrap(l.model).load_state_dict(s['model'])
-    except RuntimeError as e: raise ValueError(f"{path}: written with another model: {e}") from e
+    except RuntimeError as e:
+        raise ValueError(f"{path}: written with another model: {e}") from e
     l.opt.load_state_dict(s['opt'])
     if s['scaler'] is not None: l.scaler.load_state_dict(s['scaler'])
     for cb in l.cbs:
         if cb.name in s['cbs']: _set_cb_state(cb, s['cbs'][cb.name])
     self.n_updates = s['n_updates']
+    for k in ('model', 'opt', 'cbs'): del s[k]   # they may be large and have served
 
-# %% ../nbs/03_core.ipynb #fc5f6f73
+# %% ../nbs/03_core.ipynb #275375b4
 @patch
 def before_train(self:Checkpoint):
-    "In the interrupted epoch, continue in its middle; in every epoch, remember how it began."
+    "Remember how the epoch began; continue in the middle of the interrupted one."
     if hasattr(self.learn, 'lr_finder'): return
     dl, s, self.in_epoch = self.learn.dl, self.state, True
     self.offset, self.epoch_start = 0, None
@@ -754,8 +901,10 @@ def before_train(self:Checkpoint):
         self.learn.dl = _Rest(dl, s)
         self.restore_recorder()
     elif not hasattr(type(dl), 'state_dict'):
-        self.epoch_start = dict(rng=global_rng_state(), dl=dl.rng.getstate() if hasattr(dl, 'rng') else None)
+        own = dl.rng.getstate() if hasattr(dl, 'rng') else None
+        self.epoch_start = dict(rng=global_rng_state(), dl=own)
 
+# %% ../nbs/03_core.ipynb #1c50ad89
 @patch
 def after_epoch(self:Checkpoint):
     "At the end of the run, save it as finished."
@@ -764,38 +913,45 @@ def after_epoch(self:Checkpoint):
         self.finished = True
     self.in_epoch = False
 
-# %% ../nbs/03_core.ipynb #24182317
+# %% ../nbs/03_core.ipynb #ff4a1ba1
 @patch
 def restore_recorder(self:Checkpoint):
     "Give the `Recorder` its curves back."
     r, old = self.learn.recorder, self.state['recorder']
-    r.lrs, r.losses = list(old['lrs']), list(old['losses'])
+    r.lrs, r.losses = list(old['lrs']), [o.cpu() for o in old['losses']]
     r.values, r.iters = [L(v) for v in old['values']], list(old['iters'])
     r.smooth_loss.count, r.smooth_loss.val = old['smooth'][0], old['smooth'][1].cpu()
 
-# %% ../nbs/03_core.ipynb #17138160
+# %% ../nbs/03_core.ipynb #34b83a8b
 class _Rest:
     "The batches of an epoch that a checkpoint has not seen yet."
     def __init__(self, dl, state): self.dl, self.s = dl, state
     def __len__(self): return len(self.dl)
+
     def __getattr__(self, k):
         if k in ('dl', 's'): raise AttributeError(k)
         return getattr(self.dl, k)
+
     def __iter__(self):
-        s, skip = self.s, self.s['batch']
-        if s['loader'] is not None: self.dl.load_state_dict(s['loader'])
-        else:
-            set_global_rng_state(s['epoch_start']['rng'])
-            if s['epoch_start']['dl'] is not None:
-                v, key, g = s['epoch_start']['dl']
-                self.dl.rng.setstate((v, tuple(key), g))
+        skip = self.s['batch']
+        self._rewind()
         batches = iter(self.dl) if skip < len(self.dl) else iter(())
-        if s['loader'] is None:
+        if self.s['loader'] is None:
             for _ in range(skip): next(batches, None)
-        set_global_rng_state(s['rng'])
+        set_global_rng_state(self.s['rng'])
         yield from islice(batches, len(self.dl) - skip)
 
-# %% ../nbs/03_core.ipynb #f30e07ec
+# %% ../nbs/03_core.ipynb #4e2263ac
+@patch
+def _rewind(self:_Rest):
+    if self.s['loader'] is not None: return self.dl.load_state_dict(self.s['loader'])
+    began = self.s['epoch_start']
+    set_global_rng_state(began['rng'])
+    if began['dl'] is not None:
+        version, key, gauss = began['dl']
+        self.dl.rng.setstate((version, tuple(key), gauss))
+
+# %% ../nbs/03_core.ipynb #e34ddfdd
 class _Early(Callback):
     "The part of `Checkpoint` that must come before all other callbacks."
     order = -1000
@@ -814,10 +970,14 @@ class _Early(Callback):
         raise CancelEpochException
 
     def before_batch(self):
+        "Count from where the epoch was interrupted."
         if self.training: self.learn.iter += self.main.offset
-    def after_step(self): self.main.__dict__['_moved'] = True
 
-# %% ../nbs/03_core.ipynb #93b7834a
+    def after_step(self):
+        "Note that no accumulated gradient is pending."
+        self.main.__dict__['_moved'] = True
+
+# %% ../nbs/03_core.ipynb #8c4664d6
 @patch
 def before_epoch(self:_Early):
     "Wake the others up."
@@ -826,28 +986,40 @@ def before_epoch(self:_Early):
 
 @patch
 def after_fit(self:_Early):
+    "Recognise a run that was finished before."
     self.before_epoch()
-    s = self.main.state
-    if self.main.fresh or not s or s['epoch'] != self.learn.n_epoch: return
+    s, fresh = self.main.state, self.main.fresh
+    self.main.fresh = False   # `validate` in the middle of a run is no new start
+    if fresh or not s or s['epoch'] != self.learn.n_epoch: return
     self.main.restore_recorder()
     self.main.finished = True
 
-# %% ../nbs/03_core.ipynb #fdb84b34
+# %% ../nbs/03_core.ipynb #2acf256d
+def _commit():
+    here = Path(__file__).parent if '__file__' in globals() else None
+    command = ['git', 'rev-parse', 'HEAD']
+    git = subprocess.run(command, capture_output=True, text=True, cwd=here)
+    return git.stdout.strip() or None
+
+def _cpu():
+    f = Path('/proc/cpuinfo')
+    lines = f.read_text().splitlines() if f.exists() else []
+    names = (l.split(':')[1].strip() for l in lines if l.startswith('model name'))
+    return next(names, platform.processor())
+
+# %% ../nbs/03_core.ipynb #ac789637
 def run_info()->dict: # Strings and numbers
     "When, on what and with which versions a run was made."
     import fastai, torchvision
     from ssl_notes import __version__
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True,
-                         cwd=Path(__file__).parent if '__file__' in globals() else None)
-    cpu = next((l.split(':')[1].strip() for l in _lines('/proc/cpuinfo') if l.startswith('model name')),
-               platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(date=time.strftime('%Y-%m-%d'), commit=git.stdout.strip() or None, cpu=cpu, cores=os.cpu_count(),
-                gpu=gpu, python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__, fastai=fastai.__version__, ssl_notes=__version__)
+    return dict(
+        date=time.strftime('%Y-%m-%d'), commit=_commit(), cpu=_cpu(), cores=os.cpu_count(),
+        gpu=gpu, python=platform.python_version(), torch=torch.__version__,
+        torchvision=torchvision.__version__, fastai=fastai.__version__,
+        ssl_notes=__version__)
 
-def _lines(f): return Path(f).read_text().splitlines() if Path(f).exists() else []
-
+# %% ../nbs/03_core.ipynb #cefc923f
 def write_result(
     path, # Name of the JSON file; its folder is made
     record:dict, # Numbers, strings, lists and dicts

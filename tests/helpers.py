@@ -1,0 +1,82 @@
+"Small runs that several test files share."
+import os, signal, sys, traceback
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+
+from ssl_notes.augment import weak_augment
+from ssl_notes.data import get_dls, get_digits
+from ssl_notes.mixmatch import mixmatch_adam
+
+torch.set_num_threads(1)
+DIGITS = get_digits()
+linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='forks a process that runs torch: Linux only')
+
+def digits_dls(bs=8, steps=4, seed=0, n=40, **kw):
+    "Forty labels, forty images for validation: a fit of an epoch takes a tenth of a second."
+    kw = {**dict(augment=weak_augment('digits'), valid=40, include_labeled=False, device='cpu'), **kw}
+    return get_dls(DIGITS, n, seed=seed, bs=bs, steps=steps, **kw)
+
+def tiny_net(c=10, channels=1, dropout=0.):
+    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, c))
+
+def learner(cbs=(), dls=None, model=None, seed=0, **kw):
+    "A network (`model` makes it, after seeding) on digits; every global generator is seeded."
+    import random
+    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    kw = {**dict(loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=mixmatch_adam), **kw}
+    dls = digits_dls(seed=seed) if dls is None else dls
+    return Learner(dls, (model or tiny_net)(), cbs=cbs, **kw)
+
+def quiet_fit(learn, *args, how='fit', **kw):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, how)(*args, **kw)
+    return learn
+
+def weights(learn_or_model):
+    m = getattr(learn_or_model, 'model', learn_or_model)
+    return {k: v.clone() for k,v in m.state_dict().items()}
+
+def differences(a, b, at='', skip=()):
+    "Where two nests of dicts, lists, tensors and numbers differ, bit for bit; `skip` names keys that may."
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or a.keys() != b.keys(): return [f'{at}: other keys']
+        return [d for k in a if k not in skip for d in differences(a[k], b[k], f'{at}/{k}', skip)]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b): return [f'{at}: lengths {len(a)}, {len(b)}']
+        return [d for i,(x,y) in enumerate(zip(a, b)) for d in differences(x, y, f'{at}/{i}', skip)]
+    if isinstance(a, torch.Tensor):
+        alike = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if alike else [f'{at}: tensors differ']
+    return [] if a == b else [f'{at}: {a!r}, {b!r}']
+
+def content(folder):
+    "All files with their bytes and times of change."
+    return {str(f.relative_to(folder)): (f.read_bytes(), f.stat().st_mtime_ns)
+            for f in sorted(Path(folder).rglob('*')) if f.is_file()}
+
+def in_child(f):
+    "Run `f` in a forked process; the signal that ended it, 0 if it returned."
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try: f(); code = 0
+        except BaseException: traceback.print_exc()
+        finally: os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or not os.WEXITSTATUS(status), 'the child raised'
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+class Every(Callback):
+    "Calls `f(self)` at `event`, after all other callbacks."
+    order = 99
+    def __init__(self, event, f, valid=False):
+        self.run_valid = valid
+        setattr(self, event, lambda: f(self))
