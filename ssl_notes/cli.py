@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'schedule', 'build_model', 'report', 'Curve', 'make_learner', 'run_one', 'train', 'table', 'demo',
-           'plot_demo', 'main']
+           'plot_demo', 'label_sheet', 'main']
 
 # %% ../nbs/32_cli.ipynb #fe0e02e7
 import sys, time
@@ -144,14 +144,15 @@ def make_learner(
     return Learner(dls, net, CrossEntropyLossFlat(), mixmatch_adam, metrics=accuracy,
                    cbs=[own, Curve(), *cbs])
 
-# %% ../nbs/32_cli.ipynb #6a857b47
+# %% ../nbs/32_cli.ipynb #70f25d3c
 def _check_run(method, steps, evals):
     if method not in ('supervised', 'mixmatch'):
         raise ValueError(f"method: got {method!r}, expected 'supervised' or 'mixmatch'")
+    if steps < 1: raise ValueError(f"steps: got {steps}, expected at least 1")
     if evals < 1 or steps % evals:
         raise ValueError(f"steps: {steps} updates do not divide into {evals} evaluations")
 
-# %% ../nbs/32_cli.ipynb #cc1143e7
+# %% ../nbs/32_cli.ipynb #413ae2b5
 def run_one(
     method:str, # `supervised` or `mixmatch`
     data, # A `Splits`
@@ -163,7 +164,9 @@ def run_one(
     **kwargs, # Of `make_learner`
 )->tuple: # The record (numbers and strings only), the Learner
     "Train once; returns what a result file says about it."
-    cbs = [] if folder is None else [Checkpoint(folder, every=every)]
+    if not lr > 0: raise ValueError(f"lr: got {lr}, expected a learning rate above 0")
+    same = dict(method=method, data=data.name, lr=lr, **kwargs)   # for a resumed run, too
+    cbs = [] if folder is None else [Checkpoint(folder, every=every, settings=same)]
     learn = make_learner(method, data, steps=steps, evals=evals, cbs=cbs, **kwargs)
     learn.fit(evals, lr)
     settings = dict(method=method, data=data.name, steps=steps, lr=lr, **kwargs)
@@ -180,7 +183,7 @@ def _outcome(learn):
         parameters=sum(p.numel() for p in learn.model.parameters()),
         threads=torch.get_num_threads())
 
-# %% ../nbs/32_cli.ipynb #3757d492
+# %% ../nbs/32_cli.ipynb #e3940a1b
 def train(
     method:str, # supervised or mixmatch
     data:str='digits', # digits, cifar10, cifar100, svhn, stl10, or a folder of images
@@ -199,8 +202,11 @@ def train(
 ):
     "Train one method; prints a table and the name of the result file."
     kind, preset = _preset(data)
-    labels, steps = labels or preset['labels'], steps or preset['steps']
+    labels = preset['labels'] if labels is None else labels
+    steps = preset['steps'] if steps is None else steps
     splits = load_data(data, root=root, **(dict(size=size) if kind == 'folder' else {}))
+    if splits.test is None:
+        raise ValueError(f"data: {data} has no folder test/CLASS/ to evaluate on")
     out = _run_folder(out or f'runs/{kind}-{method}-{labels}-{seed}', resume)
     rec = run_one(method, splits, steps, evals, lr, out/'checkpoints', every, seed=seed,
                   bs=bs, width=width, labels=labels, **_settings(method, preset, steps))[0]
@@ -260,7 +266,7 @@ def demo(
     print(f'\n{table(recs)}\n\npicture:     {pic}\nresult file: {f}')
     return recs
 
-# %% ../nbs/32_cli.ipynb #039055b1
+# %% ../nbs/32_cli.ipynb #91810ce7
 def plot_demo(
     recs:list, # Records of the demo
     data, # The digits, to show the labelled ones of seed 0
@@ -271,12 +277,20 @@ def plot_demo(
     fig, (a, b) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2),
                                layout='constrained')
     _plot_curves(a, recs)
-    idx = split_labels(data.train.y, 40, 0).sort().values
-    x = data.train.x[idx[data.train.y[idx].argsort(stable=True)], 0]
-    b.imshow(torch.cat([torch.cat(list(o), 1) for o in x.split(4)]), cmap='gray_r')
-    b.set_title('all forty labels of one run', fontsize=10)
+    b.imshow(label_sheet(data.train), cmap='gray_r')
+    b.set_title('all the labels that one run saw')
     b.axis('off')
     return fig
+
+# %% ../nbs/32_cli.ipynb #df126521
+def label_sheet(
+    data, # `ImageSet` of the digits
+)->np.ndarray: # One picture: a column for each class, a row for each of its four labels
+    "The forty labelled digits of seed 0."
+    idx = split_labels(data.y, 40, 0)
+    x = data.x[idx[data.y[idx].argsort(stable=True)], 0].numpy()
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1))).reshape(10, 4, 10, 10)
+    return x.transpose(1, 2, 0, 3).reshape(40, 100)
 
 # %% ../nbs/32_cli.ipynb #b21c956e
 def _plot_curves(ax, recs):
@@ -290,7 +304,7 @@ def _plot_curves(ax, recs):
     ax.set(xlabel='updates', ylabel='accuracy on 497 held-out digits, %', ylim=(60, 100))
     ax.legend(loc='lower right')
 
-# %% ../nbs/32_cli.ipynb #ab221fd7
+# %% ../nbs/32_cli.ipynb #d17806bf
 def main(
     argv:list=None, # Words after the program's name; those of the command line if not given
 ):
@@ -303,9 +317,10 @@ def main(
     command, words = commands[argv[0]], argv[1:]
     args = vars(anno_parser(command, prog=f'ssl_notes {argv[0]}').parse_args(words))
     for k in ('pdb', 'xtra'): args.pop(k, None)
-    errors = ValueError, TypeError, FloatingPointError, FileNotFoundError, RuntimeError
+    errors = ValueError, TypeError, ArithmeticError, OSError, RuntimeError
     try: command(**args)
     except errors as e:
-        print(f'ssl_notes: {e}', file=sys.stderr)
+        # fastai puts a line of its own before the message of an error in a callback.
+        print('ssl_notes:', *str(e).split(':\n\t', 1)[-1].split(), file=sys.stderr)
         return 1
     return 0

@@ -8,7 +8,7 @@ __all__ = ['linear_rampup', 'sigmoid_rampup', 'frozen_bn_stats', 'rng_state', 's
            'SemiSupervised', 'LossColumns', 'unwrap', 'ema_update', 'EMATeacher', 'write_atomically', 'read_checkpoint',
            'Checkpoint', 'run_info', 'write_result']
 
-# %% ../nbs/03_core.ipynb #6bd6c553
+# %% ../nbs/03_core.ipynb #3b876048
 import json, math, os, platform, random, subprocess, time, zipfile
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.tracker import TrackerCallback
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.data.core import Datasets, TfmdLists
 from fastai.learner import Recorder
 from fastai.torch_core import rank_distrib, to_device
@@ -167,10 +167,11 @@ def _images(self:ViewStream, b):
 def _loader(self:ViewStream, bs, **kwargs):
     return self.dl.new(bs=bs, shuffle=False, drop_last=False, **kwargs)
 
-# %% ../nbs/03_core.ipynb #d0f1c9be
+# %% ../nbs/03_core.ipynb #8dd4be04
 @patch
 def _workers(self:ViewStream):
-    start = lambda: iter(self._loader(self.bs*self.K, get_idxs=self._blocks))
+    # A function: fastcore would bind a method of ours to the loader.
+    start = lambda: iter(self._loader(self.bs*self.K, get_idxs=lambda: self._blocks()))
     if self.it is None: self.it = start()
     b = next(self.it, None)
     if b is None:
@@ -229,7 +230,7 @@ def unlabeled_dl(
     new = Datasets(tls=[o._new(items, split_idx=0) for o in tls])
     return dls.train.new(new, bs=bs or dls.train.bs, shuffle=True, drop_last=True, **kwargs)
 
-# %% ../nbs/03_core.ipynb #18d57253
+# %% ../nbs/03_core.ipynb #4ff57d62
 class Watchdog:
     "Raises `FloatingPointError` with the step and the name of the first bad tensor."
     def __init__(self,
@@ -241,17 +242,17 @@ class Watchdog:
         step:int, # Number of the step
         good:torch.Tensor, # Scalar, true if all is well
         why:str, # The rest of the sentence, if it is not
+        error:type=FloatingPointError, # What to raise
     ):
         "Stop at once on the CPU; elsewhere note the first step at which `good` is false."
         if good.device.type == 'cpu':
-            if not good: raise FloatingPointError(f"step {step}: {why}")
+            if not good: raise error(f"step {step}: {why}")
             return
-        at = torch.where(good, math.inf, float(step))
-        old = self.bad.get(why)
-        self.bad[why] = at if old is None else torch.minimum(at, old)
+        at, key = torch.where(good, math.inf, float(step)), (why, error)
+        self.bad[key] = torch.minimum(at, self.bad[key]) if key in self.bad else at
         if step % self.every == 0: self.look()
 
-# %% ../nbs/03_core.ipynb #43013b58
+# %% ../nbs/03_core.ipynb #b95fb68f
 @patch
 def look(self:Watchdog):
     "Read the notes now (waits for the device)."
@@ -260,7 +261,8 @@ def look(self:Watchdog):
     at = torch.stack(list(bad.values())).tolist()
     first = min(range(len(at)), key=at.__getitem__)
     if at[first] < math.inf:
-        raise FloatingPointError(f"step {int(at[first])}: {list(bad)[first]}")
+        why, error = list(bad)[first]
+        raise error(f"step {int(at[first])}: {why}")
 
 # %% ../nbs/03_core.ipynb #04eefaf9
 class PartsCallback(Callback):
@@ -311,11 +313,13 @@ def one_hot(
             f"one row of {c} probabilities for each image")
     return (y[:, None] == torch.arange(c, device=y.device)).float()
 
-# %% ../nbs/03_core.ipynb #4ac6a464
+# %% ../nbs/03_core.ipynb #8e52be72
 class SemiSupervised(PartsCallback, OnStep):
     "Base of all methods: unlabelled views in, named loss terms out; a subclass says which."
     order, run_valid = GradientAccumulation.order-1, False
-    _stateattrs = ('stream', 'unlabeled', 'watch')   # these are not exported
+    _stateattrs = ('stream', 'unlabeled')   # these are not exported
+    stream = unlabeled = None
+    of_batch = ('total', 'targets', 'chunks')   # rows and graphs, dropped after training
     terms = ()   # names of the columns in fastai's table
 
     def __init__(self,
@@ -324,6 +328,9 @@ class SemiSupervised(PartsCallback, OnStep):
         ema:float=None, # Decay of the `EMATeacher` that is evaluated; None for none
         seed:int=0, # Of every draw that the method itself makes
     ):
+        if ema is not None and not 0 <= ema <= 1:
+            raise ValueError(f"ema: got {ema!r}, expected a decay from 0 to 1, or None for "
+                             "no teacher")
         if not isinstance(K, int) or K < 1:
             raise ValueError(f"K: got {K!r}, expected an integer of at least 1")
         self.unlabeled, self.K, self.ema, self.seed = unlabeled, K, ema, seed
@@ -382,7 +389,7 @@ def _make_stream(self:SemiSupervised):
     if pending is not None: stream.load_state_dict(pending)
     return stream
 
-# %% ../nbs/03_core.ipynb #ff1368f1
+# %% ../nbs/03_core.ipynb #13331e37
 @patch
 def before_batch(self:SemiSupervised):
     "Labelled batch and unlabelled views become the rows that go into the network."
@@ -393,7 +400,8 @@ def before_batch(self:SemiSupervised):
     self.watch(step, x.sum().isfinite(), 'the labelled images are not finite')
     self.watch(step, views.sum().isfinite(), 'the unlabelled images are not finite')
     self.watch(step, ((y.sum(1) - 1).abs() < 1e-3).all(),
-               f'a label lies outside the {self.c} classes, or its row does not sum to 1')
+               f'dls.train: a label lies outside the {self.c} classes, or its row does not '
+               'sum to 1; mend the labels, or `dls.c`', ValueError)
     self.n_x = len(x)
     self.learn.xb = (self.make_batch(x, y, views, idx),)
 
@@ -427,17 +435,18 @@ def autocast(self:SemiSupervised):
     amp = getattr(self.learn, 'mixed_precision', None)
     return nullcontext() if amp is None else amp.autocast
 
-# %% ../nbs/03_core.ipynb #d20a13e6
+# %% ../nbs/03_core.ipynb #8c7df969
 @patch
 @contextmanager
 def training_mode(self:SemiSupervised,
     model:nn.Module, # Student or teacher
 ):
-    "Within this block `model` is in training mode."
-    was = model.training
-    model.train()
+    "Within this block `model` is in training mode; frozen parts of it stay as they are."
+    was = [(m, m.training) for m in model.modules()]
+    if not model.training: model.train()
     try: yield
-    finally: model.train(was)
+    finally:
+        for m,t in was: m.training = t
 
 # %% ../nbs/03_core.ipynb #305087f3
 @patch
@@ -491,7 +500,7 @@ def after_train(self:SemiSupervised):
     "Read the watchdog's notes."
     self.watch.look()
 
-# %% ../nbs/03_core.ipynb #513ecc7e
+# %% ../nbs/03_core.ipynb #474aa7ef
 @patch
 def before_fit(self:SemiSupervised):
     "Around `lr_find`, remember the state, to put it back afterwards."
@@ -502,8 +511,9 @@ def before_fit(self:SemiSupervised):
 
 @patch
 def after_fit(self:SemiSupervised):
-    "Put back what `lr_find` has changed."
+    "Put back what `lr_find` has changed; let go of the last batch."
     self._put_back()
+    for k in self.of_batch: self.__dict__.pop(k, None)
 
 @patch
 def _put_back(self:SemiSupervised):
@@ -532,22 +542,29 @@ def load_state_dict(self:SemiSupervised,
     elif self.stream is None: self.__dict__['_stream_state'] = state['stream']
     else: self.stream.load_state_dict(state['stream'])
 
-# %% ../nbs/03_core.ipynb #83c2903f
+# %% ../nbs/03_core.ipynb #0b1086e5
 class LossColumns(Callback):
     "Shows the epoch means of a method's terms in fastai's table."
     order, remove_on_fetch = Recorder.order+1, True
     def __init__(self,
         method:SemiSupervised, # Whose terms
-    ): self.method = method
+    ): self.method, self.trained = method, False
 
     def before_fit(self):
-        "Insert the names after those of the training metrics."
-        at = 1 + len(self.recorder._train_mets)
-        names = self.recorder.metric_names
-        self.recorder.metric_names = names[:at] + L(self.method.terms) + names[at:]
+        "Insert the names before that of the time."
+        # Not earlier: fastai's graph takes the second column for the validation loss.
+        names = list(self.recorder.metric_names)
+        at = len(names) - bool(self.recorder.add_time)
+        self.recorder.metric_names = L(names[:at] + list(self.method.terms) + names[at:])
+
     def after_train(self):
-        "Insert the numbers."
-        if self.method.sums: self.recorder.log += L(self.method.columns().values())
+        "Note that this epoch has trained: `validate()` alone adds no columns."
+        self.trained = True
+
+    def after_validate(self):
+        "Add the numbers, in an epoch that has trained."
+        if self.trained: self.recorder.log += L(self.method.columns().values())
+        self.trained = False
 
 # %% ../nbs/03_core.ipynb #14c09c85
 @patch
@@ -558,13 +575,14 @@ def parts(self:SemiSupervised,
     alone = self.ema is None or hasattr(learn, 'ema_teacher')
     return [LossColumns(self)] + ([] if alone else [EMATeacher(self.ema)])
 
-# %% ../nbs/03_core.ipynb #ba7394ef
+# %% ../nbs/03_core.ipynb #586d90bb
 def unwrap(
     model:nn.Module, # Perhaps wrapped by DDP or `torch.compile`
 )->nn.Module: # The module that the user made
     "The bare module."
-    while hasattr(model, 'module') or hasattr(model, '_orig_mod'):
-        model = getattr(model, 'module', None) or model._orig_mod
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or hasattr(model, '_orig_mod'):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
     return model
 
 # %% ../nbs/03_core.ipynb #c7bc2246
@@ -593,11 +611,14 @@ class EMATeacher(OnStep):
         self.decay, self.buffers, self.evaluate = decay, buffers, evaluate
         self.teacher, self.n_updates = None, 0
 
-# %% ../nbs/03_core.ipynb #f417ad11
+# %% ../nbs/03_core.ipynb #b1ef68c3
 @patch
 def before_train(self:EMATeacher):
     "Make the teacher, once; refuse a model of another architecture."
     if hasattr(self.learn, 'lr_finder'): return
+    if sum(isinstance(cb, EMATeacher) for cb in self.learn.cbs) > 1:
+        raise ValueError("ema: there are two teachers; put your EMATeacher before the "
+                         "method in `cbs`, or give the method ema=None")
     if self.teacher is None: self._make()
     shapes = lambda m: {k: v.shape for k,v in m.state_dict().items()}
     if shapes(self.teacher) != shapes(unwrap(self.model)):
@@ -636,12 +657,14 @@ def sync_buffers(self:EMATeacher):
         for t,s in zip(self.teacher.buffers(), unwrap(self.learn.model).buffers()):
             t.copy_(s)
 
-# %% ../nbs/03_core.ipynb #a51a2d52
+# %% ../nbs/03_core.ipynb #8d2346dc
 class _Once(nn.Module):
     "Stands in for `learn.model` for one call: puts the student back, runs the teacher."
     def __init__(self, learn, teacher):
         super().__init__()
-        self.__dict__.update(learn=learn, student=learn.model, teacher=teacher)
+        # A batch that was cancelled before its forward leaves a stand-in behind.
+        student = learn.model.student if isinstance(learn.model, _Once) else learn.model
+        self.__dict__.update(learn=learn, student=student, teacher=teacher)
     def forward(self, *xb):
         self.learn.model = self.student
         return self.teacher(*xb)
@@ -730,7 +753,7 @@ def read_checkpoint(
         raise ValueError(f"{path}: this file was not written by `Checkpoint`; {other}")
     return state
 
-# %% ../nbs/03_core.ipynb #37e21df8
+# %% ../nbs/03_core.ipynb #0893a68c
 class Checkpoint(PartsCallback, OnStep):
     "Saves the whole state of training, in between and at the end; `fit` goes on from it."
     order = Recorder.order+5
@@ -739,12 +762,14 @@ class Checkpoint(PartsCallback, OnStep):
         every:int=1000, # Updates between two files
         keep:int=3, # How many files stay
         resume:bool=True, # Go on from the newest file; if False, refuse a folder with files
+        settings:dict=None, # Numbers and strings (seed ...) that a resumed run must share
     ):
         for k,v in dict(every=every, keep=keep).items():
             if v < 1: raise ValueError(f"{k}: got {v}, expected at least 1")
         self.folder, self.every, self.keep, self.resume = Path(folder), every, keep, resume
+        self.settings = dict(settings or {})
         self.state, self.n_updates, self.due, self.offset = None, 0, False, 0
-        self.fresh, self.in_epoch, self.finished = True, False, False
+        self.fresh, self.in_epoch, self.ended, self.finished = True, False, False, False
 
     def parts(self,
         learn, # The `Learner` that is joined
@@ -766,9 +791,21 @@ def _plain(o):
     if isinstance(o, np.generic): return o.item()
     return o
 
-# %% ../nbs/03_core.ipynb #0c54f804
-_fastai_state = {GradientAccumulation: ('count',),
+# %% ../nbs/03_core.ipynb #8b47435b
+_fastai_state = {GradientAccumulation: ('count',), ShowGraphCallback: ('nb_batches',),
                  TrackerCallback: ('best', 'new_best', 'wait')}
+
+def _is_stream(dl):
+    # One pass of an `ImageDL` begins anew with each iteration, as fastai's loaders do.
+    return hasattr(type(dl), 'state_dict') and getattr(dl, 'steps', None) is not None
+
+def _shapes(sd): return {f'another model, {k}': tuple(v.shape) for k,v in sd.items()}
+def _groups(opt): return [[len(p), sorted(h)] for p,h in zip(opt.param_lists, opt.hypers)]
+
+def _counts(metric):
+    # What a fastai metric has counted in this epoch
+    kinds = int, float, list, torch.Tensor
+    return {k: v for k,v in vars(metric).items() if isinstance(v, kinds)}
 
 def _cb_state(cb):
     # On the class: an instance passes unknown names on to the model, which has one too.
@@ -781,7 +818,7 @@ def _set_cb_state(cb, state):
     else:
         for k,v in state.items(): setattr(cb, k, v)
 
-# %% ../nbs/03_core.ipynb #5b7db67e
+# %% ../nbs/03_core.ipynb #c49e9f78
 @patch
 def _others(self:Checkpoint):
     # The callbacks that have something to remember, by name
@@ -792,9 +829,10 @@ def _others(self:Checkpoint):
 def _curves(self:Checkpoint):
     r = self.learn.recorder
     return dict(lrs=r.lrs, losses=r.losses, values=r.values, iters=r.iters,
-                smooth=(r.smooth_loss.count, r.smooth_loss.val))
+                smooth=(r.smooth_loss.count, r.smooth_loss.val),
+                metrics=[_counts(m) for m in r._train_mets[1:]])
 
-# %% ../nbs/03_core.ipynb #4ee36915
+# %% ../nbs/03_core.ipynb #4a11cb7a
 @patch
 def capture(self:Checkpoint,
     epoch:int, # Epoch in which training goes on
@@ -808,8 +846,9 @@ def capture(self:Checkpoint,
         n_updates=self.n_updates, pct_train=l.pct_train, train_iter=l.train_iter,
         model=dict(unwrap(l.model).state_dict()), opt=l.opt.state_dict(),
         scaler=scaler.state_dict() if scaler is not None else None, cbs=self._others(),
-        loader=dl.state_dict() if hasattr(type(dl), 'state_dict') else None,
-        epoch_start=self.epoch_start, rng=global_rng_state(), recorder=self._curves()))
+        loader=dl.state_dict() if _is_stream(dl) else None, settings=self.settings,
+        groups=_groups(l.opt), epoch_start=self.epoch_start, rng=global_rng_state(),
+        recorder=self._curves()))
 
 # %% ../nbs/03_core.ipynb #9242d272
 @patch
@@ -840,7 +879,7 @@ def after_batch(self:Checkpoint):
         self.due = False
         self.save(self.epoch, self.learn.iter + 1)
 
-# %% ../nbs/03_core.ipynb #26adff60
+# %% ../nbs/03_core.ipynb #4ea771d2
 @patch
 def before_fit(self:Checkpoint):
     "Note that training has not started yet."
@@ -849,7 +888,8 @@ def before_fit(self:Checkpoint):
 @patch
 def start(self:Checkpoint):
     "Read the newest checkpoint, if any, and put weights, optimiser and callbacks back."
-    self.state, self.n_updates, self.due, self.fresh = None, 0, False, False
+    self.state, self.n_updates = None, 0
+    self.due = self.fresh = self.ended = False
     self.folder.mkdir(parents=True, exist_ok=True)
     for f in self.folder.glob('.step_*.tmp'): f.unlink()
     if not (files := self.files()): return
@@ -862,25 +902,27 @@ def start(self:Checkpoint):
     self._same_run(files[-1])
     self._restore(files[-1])
 
-# %% ../nbs/03_core.ipynb #2678cf25
+# %% ../nbs/03_core.ipynb #be530e07
 @patch
 def _same_run(self:Checkpoint, path):
     s, l = self.state, self.learn
-    then = dict(n_epoch=s['n_epoch'], n_iter=s['n_iter'], callbacks=sorted(s['cbs']))
-    now = dict(n_epoch=l.n_epoch, n_iter=len(l.dls.train), callbacks=sorted(self._others()))
-    for k in now:
-        if now[k] != then[k]:
+    then = dict(**_shapes(s['model']), **s['settings'], n_epoch=s['n_epoch'],
+                n_iter=s['n_iter'], optimiser=s['groups'], callbacks=sorted(s['cbs']))
+    now = dict(**_shapes(unwrap(l.model).state_dict()), **self.settings,
+               n_epoch=l.n_epoch, n_iter=len(l.dls.train), optimiser=_groups(l.opt),
+               callbacks=sorted(self._others()))
+    for k in {**then, **now}:
+        a, b = then.get(k), now.get(k)
+        if a != b:
             raise ValueError(
-                f"{path}: written by a run with {k}={then[k]}, this one has {k}={now[k]}; "
+                f"{path}: written by a run with {k}={a}, this one has {k}={b}; "
                 "run with the same settings or choose another folder")
 
-# %% ../nbs/03_core.ipynb #2e280fb5
+# %% ../nbs/03_core.ipynb #59ecb4f1
 @patch
 def _restore(self:Checkpoint, path):
     s, l = self.state, self.learn
-    try: unwrap(l.model).load_state_dict(s['model'])
-    except RuntimeError as e:
-        raise ValueError(f"{path}: written with another model: {e}") from e
+    unwrap(l.model).load_state_dict(s['model'])
     l.opt.load_state_dict(s['opt'])
     if s['scaler'] is not None: l.scaler.load_state_dict(s['scaler'])
     for cb in l.cbs:
@@ -888,7 +930,7 @@ def _restore(self:Checkpoint, path):
     self.n_updates = s['n_updates']
     for k in ('model', 'opt', 'cbs'): del s[k]   # they may be large and have served
 
-# %% ../nbs/03_core.ipynb #275375b4
+# %% ../nbs/03_core.ipynb #8615b080
 @patch
 def before_train(self:Checkpoint):
     "Remember how the epoch began; continue in the middle of the interrupted one."
@@ -900,20 +942,19 @@ def before_train(self:Checkpoint):
         self.offset, self.epoch_start = s['batch'], s['epoch_start']
         self.learn.dl = _Rest(dl, s)
         self.restore_recorder()
-    elif not hasattr(type(dl), 'state_dict'):
+    elif not _is_stream(dl):
         own = dl.rng.getstate() if hasattr(dl, 'rng') else None
-        self.epoch_start = dict(rng=global_rng_state(), dl=own)
+        state = dl.state_dict() if hasattr(type(dl), 'state_dict') else None
+        self.epoch_start = dict(rng=global_rng_state(), dl=own, state=state)
 
-# %% ../nbs/03_core.ipynb #1c50ad89
+# %% ../nbs/03_core.ipynb #3dd66a85
 @patch
 def after_epoch(self:Checkpoint):
-    "At the end of the run, save it as finished."
-    if self.in_epoch and self.epoch == self.n_epoch-1:
-        self.save(self.n_epoch, 0)
-        self.finished = True
+    "Note the end of the run; the last file is written when all callbacks have heard of it."
+    self.ended = self.ended or (self.in_epoch and self.epoch == self.n_epoch-1)
     self.in_epoch = False
 
-# %% ../nbs/03_core.ipynb #ff4a1ba1
+# %% ../nbs/03_core.ipynb #1ff159dc
 @patch
 def restore_recorder(self:Checkpoint):
     "Give the `Recorder` its curves back."
@@ -921,6 +962,7 @@ def restore_recorder(self:Checkpoint):
     r.lrs, r.losses = list(old['lrs']), [o.cpu() for o in old['losses']]
     r.values, r.iters = [L(v) for v in old['values']], list(old['iters'])
     r.smooth_loss.count, r.smooth_loss.val = old['smooth'][0], old['smooth'][1].cpu()
+    for m,counts in zip(r._train_mets[1:], old['metrics']): vars(m).update(counts)
 
 # %% ../nbs/03_core.ipynb #34b83a8b
 class _Rest:
@@ -941,7 +983,7 @@ class _Rest:
         set_global_rng_state(self.s['rng'])
         yield from islice(batches, len(self.dl) - skip)
 
-# %% ../nbs/03_core.ipynb #4e2263ac
+# %% ../nbs/03_core.ipynb #26462e37
 @patch
 def _rewind(self:_Rest):
     if self.s['loader'] is not None: return self.dl.load_state_dict(self.s['loader'])
@@ -950,6 +992,7 @@ def _rewind(self:_Rest):
     if began['dl'] is not None:
         version, key, gauss = began['dl']
         self.dl.rng.setstate((version, tuple(key), gauss))
+    if began['state'] is not None: self.dl.load_state_dict(began['state'])
 
 # %% ../nbs/03_core.ipynb #e34ddfdd
 class _Early(Callback):
@@ -977,7 +1020,7 @@ class _Early(Callback):
         "Note that no accumulated gradient is pending."
         self.main.__dict__['_moved'] = True
 
-# %% ../nbs/03_core.ipynb #8c4664d6
+# %% ../nbs/03_core.ipynb #89ae7df8
 @patch
 def before_epoch(self:_Early):
     "Wake the others up."
@@ -986,13 +1029,14 @@ def before_epoch(self:_Early):
 
 @patch
 def after_fit(self:_Early):
-    "Recognise a run that was finished before."
+    "Save the run as finished, or recognise one that was finished before."
     self.before_epoch()
-    s, fresh = self.main.state, self.main.fresh
-    self.main.fresh = False   # `validate` in the middle of a run is no new start
-    if fresh or not s or s['epoch'] != self.learn.n_epoch: return
-    self.main.restore_recorder()
-    self.main.finished = True
+    m, s, fresh = self.main, self.main.state, self.main.fresh
+    m.fresh = False   # `validate` in the middle of a run is no new start
+    if m.ended: m.save(self.learn.n_epoch, 0)   # before a tracker loads its best model
+    elif not fresh and s and s['epoch'] == self.learn.n_epoch: m.restore_recorder()
+    else: return
+    m.finished, m.ended = True, False
 
 # %% ../nbs/03_core.ipynb #2acf256d
 def _commit():

@@ -16,33 +16,33 @@ from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_gra
 from fastai.optimizer import weight_decay
 from .core import SemiSupervised, frozen_bn_stats, linear_rampup
 
-# %% ../nbs/17_mixmatch.ipynb #fad5b5f1
+# %% ../nbs/17_mixmatch.ipynb #16619f1d
 def guess_labels(
     logits:torch.Tensor, # Logits for K views of B unlabelled images, (K,B,L)
 )->torch.Tensor: # Mean prediction $\bar q$, rows sum to 1, (B,L)
-    r"Label guessing, equation (6): the *probabilities* of the $K$ views are averaged, in fp32."
+    r"Label guessing, equation (6): the mean of the $K$ views' *probabilities*, in fp32."
     return logits.float().softmax(-1).mean(0)
 
-# %% ../nbs/17_mixmatch.ipynb #08fefbb6
+# %% ../nbs/17_mixmatch.ipynb #d02272e2
 def sharpen(
     p:torch.Tensor, # Probabilities, last dimension sums to 1
     T:float=.5, # Temperature $T>0$; 1 changes nothing, towards 0 one-hot
 )->torch.Tensor: # Probabilities of lower entropy, same shape
-    r"Sharpening, equation (7): $p_i^{1/T}/\sum_j p_j^{1/T}$. Raises `ValueError` unless $T>0$."
+    r"Sharpening, equation (7): $p_i^{1/T}/\sum_j p_j^{1/T}$; `ValueError` unless $T>0$."
     if not T > 0: raise ValueError(f"T: got {T}, expected a temperature above 0")
     # Dividing by the largest first keeps p**(1/T) from vanishing for small T.
     p = (p/p.amax(-1, keepdim=True))**(1/T)
     return p/p.sum(-1, keepdim=True)
 
-# %% ../nbs/17_mixmatch.ipynb #eeabd0de
+# %% ../nbs/17_mixmatch.ipynb #e07b3c80
 def mixup_lambda(
     rng:np.random.RandomState, # Source of randomness
     n:int, # How many: one for each row
     alpha:float=.75, # Both parameters of the Beta distribution, $\alpha>0$
 )->torch.Tensor: # $\lambda'$ in [0.5, 1], (n,)
     "Equations (8) and (9), for each row its own. Raises `ValueError` unless `alpha` > 0."
-    if not alpha > 0:
-        raise ValueError(f"alpha: got {alpha}, expected a number above 0 (None for no MixUp)")
+    if not alpha > 0: raise ValueError(
+        f"alpha: got {alpha}, expected a number above 0 (None for no MixUp)")
     lam = rng.beta(alpha, alpha, n)
     return torch.from_numpy(np.maximum(lam, 1-lam).astype(np.float32))
 
@@ -83,21 +83,22 @@ def mixmatch_loss(
     "Equation (5) with the ramp of the official code."
     return lx + lambda_u*linear_rampup(step, rampup)*lu
 
-# %% ../nbs/17_mixmatch.ipynb #3724bec7
+# %% ../nbs/17_mixmatch.ipynb #3839a9ae
 def _offsets(n, k):
-    # As in the official code, the remainder goes to the last groups.
+    "Bounds of k slices of n rows."
+    # As in the official code, the remainder goes to the last slices.
     sizes = [n//k + (i >= k - n%k) for i in range(k)]
     return [sum(sizes[:i]) for i in range(k+1)]
 
-# %% ../nbs/17_mixmatch.ipynb #a96663d2
+# %% ../nbs/17_mixmatch.ipynb #f90b5812
 def interleave(
     batches:list, # K+1 tensors of one size (n, ...), labelled rows first
 )->list: # K+1 tensors of the same size, each a blend of all
-    "Swap slice $i$ of the first batch with slice $i$ of batch $i$. Applied twice it changes nothing."
-    n, k = len(batches[0]), len(batches)
-    if any(len(b) != n for b in batches):
-        raise ValueError(f"batches: sizes {[len(b) for b in batches]} differ, expected equal ones")
-    cut = _offsets(n, k)
+    "Swap slice $i$ of the first batch with slice $i$ of batch $i$; its own inverse."
+    sizes, k = [len(b) for b in batches], len(batches)
+    if len(set(sizes)) > 1:
+        raise ValueError(f"batches: sizes {sizes} differ, expected equal ones")
+    cut = _offsets(sizes[0], k)
     out = [[b[i:j] for i,j in zip(cut, cut[1:])] for b in batches]
     for i in range(1, k): out[0][i], out[i][i] = out[i][i], out[0][i]
     return [torch.cat(o) for o in out]
@@ -123,34 +124,43 @@ class MixMatchCallback(SemiSupervised):
         self.batchnorm, self.guesser = batchnorm, guess
         self._check()
 
-# %% ../nbs/17_mixmatch.ipynb #f471d340
+# %% ../nbs/17_mixmatch.ipynb #47eb7ba8
 @patch
 def _check(self:MixMatchCallback):
+    "Refuse settings that the equations do not allow."
     sharpen(torch.ones(1, 2)/2, self.T)
     if self.alpha is not None: mixup_lambda(np.random.RandomState(0), 1, self.alpha)
-    for name,allowed,got in (('batchnorm', ('interleave', 'joint', 'separate'), self.batchnorm),
-                             ('guess', ('student', 'teacher'), self.guesser)):
-        if got not in allowed: raise ValueError(f"{name}: got {got!r}, expected one of {allowed}")
+    ways, guessers = ('interleave', 'joint', 'separate'), ('student', 'teacher')
+    for name,got,allowed in (('batchnorm', self.batchnorm, ways),
+                             ('guess', self.guesser, guessers)):
+        if got not in allowed:
+            raise ValueError(f"{name}: got {got!r}, expected one of {allowed}")
     if not (self.lambda_u >= 0 and self.rampup >= 0):
-        raise ValueError(f"lambda_u, rampup: got {self.lambda_u}, {self.rampup}, expected 0 or more")
+        raise ValueError(f"lambda_u, rampup: got {self.lambda_u}, {self.rampup}, "
+                         "expected 0 or more")
     if self.guesser == 'teacher' and self.ema is None:
         raise ValueError("guess: 'teacher' needs one; give `ema` a decay, e.g. ema=0.999")
 
-# %% ../nbs/17_mixmatch.ipynb #935e9d8e
+# %% ../nbs/17_mixmatch.ipynb #0f8bd56a
 @patch
 def guess(self:MixMatchCallback,
     views:torch.Tensor, # (K,B,C,H,W), in [0,1]
 )->torch.Tensor: # Sharpened guesses $q$, without gradient, fp32, (B,L)
     "Predict each view, average, sharpen: equations (6) and (7)."
-    model = self.learn.model if self.guesser == 'student' else self.learn.ema_teacher.teacher
-    with torch.no_grad(), frozen_bn_stats(model), self.training_mode(model), self.autocast():
-        logits = [self.check_logits(model(v)) for v in views]
+    net = self.learn.model if self.guesser == 'student' else self.learn.ema_teacher.teacher
+    with torch.no_grad(), frozen_bn_stats(net), self.training_mode(net), self.autocast():
+        logits = [self.check_logits(net(v)) for v in views]
     return sharpen(guess_labels(torch.stack(logits)), self.T)
 
-# %% ../nbs/17_mixmatch.ipynb #d3d89672
+# %% ../nbs/17_mixmatch.ipynb #bd3b254c
 @patch
-def make_batch(self:MixMatchCallback, x, y, views, idx):
-    "Pool, mix, interleave; returns the rows of the first forward."
+def make_batch(self:MixMatchCallback,
+    x:torch.Tensor, # Labelled images, (B,C,H,W), in [0,1]
+    y:torch.Tensor, # Their labels as rows of probabilities, (B,L)
+    views:torch.Tensor, # Views of unlabelled images, (K,B,C,H,W), in [0,1]
+    idx:torch.Tensor, # Positions in the unlabelled data set, not needed here, (B,)
+)->torch.Tensor: # Rows of the first forward
+    "Pool, mix, interleave; equations (8) to (11)."
     self._same_size(x, views)
     q = self.guess(views)
     rows, targets = torch.cat([x, *views]), torch.cat([y, q.repeat(self.K, 1)])
@@ -164,38 +174,47 @@ def make_batch(self:MixMatchCallback, x, y, views, idx):
     if self.batchnorm == 'interleave': self.chunks = interleave(self.chunks)
     return self.chunks[0]
 
-# %% ../nbs/17_mixmatch.ipynb #666bb398
+# %% ../nbs/17_mixmatch.ipynb #7debfe30
 @patch
 def _same_size(self:MixMatchCallback, x, views):
+    "Only one joint forward can do with batches of different sizes."
     if self.batchnorm != 'joint' and len(x) != views.shape[1]:
-        raise ValueError(f"unlabeled: batches of {views.shape[1]}, the labelled ones have {len(x)}; "
-                         f"batchnorm={self.batchnorm!r} needs equal sizes: set both loaders' bs alike "
-                         "(and drop_last=True), or pass batchnorm='joint'")
+        raise ValueError(
+            f"unlabeled: batches of {views.shape[1]}, the labelled ones have {len(x)}; "
+            f"batchnorm={self.batchnorm!r} needs equal sizes: set both loaders' bs alike "
+            "(and drop_last=True), or pass batchnorm='joint'")
 
-# %% ../nbs/17_mixmatch.ipynb #3faa005d
+# %% ../nbs/17_mixmatch.ipynb #4b8b0501
 @patch
-def gather(self:MixMatchCallback, pred):
-    "Logits of all rows, labelled first: the remaining forwards, and the order restored."
+def gather(self:MixMatchCallback,
+    pred:torch.Tensor, # Logits of the first forward
+)->torch.Tensor: # Logits of all rows, labelled first
+    "The remaining forwards, and the order restored."
     if self.batchnorm == 'joint': return pred
     with frozen_bn_stats(self.learn.model):
         out = [pred] + [self.learn.model(c) for c in self.chunks[1:]]
     return torch.cat(interleave(out) if self.batchnorm == 'interleave' else out)
 
+# %% ../nbs/17_mixmatch.ipynb #7a814f58
 @patch
-def loss_terms(self:MixMatchCallback, logits):
+def loss_terms(self:MixMatchCallback,
+    logits:torch.Tensor, # Of all rows, labelled first, fp32
+)->dict: # Name: (scalar, weight)
     "The two terms and the weight of the second: equations (3), (4) and (5)."
     weight, n = self.lambda_u*linear_rampup(self.n_step, self.rampup), self.n_x
     self.note('weight', weight)
     return dict(loss_x=(loss_x(logits[:n], self.targets[:n]), 1.),
                 loss_u=(loss_u(logits[n:], self.targets[n:]), weight))
 
-# %% ../nbs/17_mixmatch.ipynb #3f20ac84
+# %% ../nbs/17_mixmatch.ipynb #d0319512
 def mixmatch_adam(
     params, # Parameters, as fastai's `Learner` hands them over
     lr:float=2e-3, # Learning rate, constant in the paper
-    wd:float=.02, # After each step kernels shrink by the factor $1-\mathrm{wd}\cdot\mathrm{lr}$
+    wd:float=.02, # Kernels shrink by $1-\mathrm{wd}\cdot\mathrm{lr}$ after each step
     **kwargs, # More hyper-parameters of fastai's `Optimizer`
 ):
     "Adam as in MixMatch's code: decay after the step, decoupled, on kernels only."
-    steps = [partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step, weight_decay]
-    return Optimizer(params, steps, **{**dict(lr=lr, wd=wd, mom=.9, sqr_mom=.999, eps=1e-8), **kwargs})
+    steps = [partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step,
+             weight_decay]
+    hypers = dict(lr=lr, wd=wd, mom=.9, sqr_mom=.999, eps=1e-8)
+    return Optimizer(params, steps, **{**hypers, **kwargs})
