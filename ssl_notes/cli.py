@@ -183,7 +183,14 @@ def _outcome(learn):
         parameters=sum(p.numel() for p in learn.model.parameters()),
         threads=torch.get_num_threads())
 
-# %% ../nbs/32_cli.ipynb #e3940a1b
+# %% ../nbs/32_cli.ipynb #b8a97bb0
+def _load(data, root, size):
+    splits = load_data(data, root=root, size=size)
+    if splits.test is None:
+        raise ValueError(f"data: {data} has no folder test/CLASS/ to evaluate on")
+    return splits
+
+# %% ../nbs/32_cli.ipynb #6c8b1088
 def train(
     method:str, # supervised or mixmatch
     data:str='digits', # digits, cifar10, cifar100, svhn, stl10, or a folder of images
@@ -204,14 +211,11 @@ def train(
     kind, preset = _preset(data)
     labels = preset['labels'] if labels is None else labels
     steps = preset['steps'] if steps is None else steps
-    splits = load_data(data, root=root, **(dict(size=size) if kind == 'folder' else {}))
-    if splits.test is None:
-        raise ValueError(f"data: {data} has no folder test/CLASS/ to evaluate on")
+    splits = _load(data, root, size if kind == 'folder' else None)
     out = _run_folder(out or f'runs/{kind}-{method}-{labels}-{seed}', resume)
     rec = run_one(method, splits, steps, evals, lr, out/'checkpoints', every, seed=seed,
                   bs=bs, width=width, labels=labels, **_settings(method, preset, steps))[0]
     print(f"{table([rec])}\nresult file: {write_result(out/'result.json', rec)}")
-    return rec
 
 # %% ../nbs/32_cli.ipynb #0fb89135
 def _preset(data):

@@ -211,7 +211,7 @@ def load_state_dict(self:ViewStream,
     self.perm = None if state['perm'] is None else state['perm'].cpu().numpy()
     self.pos, self.it = state['pos'], None
 
-# %% ../nbs/03_core.ipynb #3cbd375f
+# %% ../nbs/03_core.ipynb #5566eedb
 def unlabeled_dl(
     dls, # fastai `DataLoaders` made by a `DataBlock` (or `ImageDataLoaders`)
     items, # Unlabelled items of the same kind, e.g. the result of `get_image_files`
@@ -228,7 +228,10 @@ def unlabeled_dl(
         raise ValueError("items: there is not one unlabelled item; is the folder right?")
     tls = ds.tls[:ds.n_inp] if isinstance(ds, Datasets) else [ds]
     new = Datasets(tls=[o._new(items, split_idx=0) for o in tls])
-    return dls.train.new(new, bs=bs or dls.train.bs, shuffle=True, drop_last=True, **kwargs)
+    dl = dls.train.new(new, bs=bs or dls.train.bs, shuffle=True, drop_last=True, **kwargs)
+    # One pipeline: what a learner adds to it later (`Normalize`) must reach both.
+    dl.after_batch = dls.train.after_batch
+    return dl
 
 # %% ../nbs/03_core.ipynb #4ff57d62
 class Watchdog:

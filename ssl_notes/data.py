@@ -182,7 +182,7 @@ def set_style():
         'axes.grid':True, 'grid.alpha':.25, 'legend.frameon':False, 'lines.linewidth':1.6,
         'image.interpolation':'nearest'})
 
-# %% ../nbs/00_data.ipynb #465f88c0
+# %% ../nbs/00_data.ipynb #57db9fc6
 def show_images(
     x, # Images `(N,C,H,W)`, uint8 or floats in [0,1]; or an `ImageSet`
     titles=None, # One title per image; an `ImageSet` brings its labels
@@ -196,13 +196,14 @@ def show_images(
         x = x.x
     x = x.detach().cpu().as_subclass(Tensor)
     nrows, gap = max(1, -(-len(x)//ncols)), .28 if titles is not None else .06
-    figsize = ncols*size, nrows*(size+gap)
+    figsize = ncols*size, nrows*(size+gap) + (.4 if suptitle else 0)
     fig, axs = plt.subplots(nrows, ncols, squeeze=False, figsize=figsize)
     for a in axs.flat: a.set_axis_off()
     for i,(a,im) in enumerate(zip(axs.flat, x)):
         _draw(a, im)
         if titles is not None: a.set_title(str(titles[i]), fontsize=9, pad=2)
-    fig.suptitle(suptitle) if suptitle else None
+    if suptitle: fig.suptitle(suptitle, y=1)
+    if suptitle: fig.subplots_adjust(top=1 - .6/figsize[1])
     fig.tight_layout(pad=.2)
     return fig
 
@@ -479,9 +480,10 @@ def device(self:ImageDL):
     "Where the images live"
     return self._device
 
-# %% ../nbs/00_data.ipynb #4d9de92d
+# %% ../nbs/00_data.ipynb #8f50fd58
 @patch(set_prop=True)
 def device(self:ImageDL, d):
+    "Move the images there."
     DataLoader.device.fset(self, d)
     if self._device is not None: self.dataset = self.dataset.to(self._device)
 
@@ -644,7 +646,7 @@ def _join(a, b):
     b = b.to(a.x.device)
     return a._like(torch.cat([a.x, b.x]), torch.cat([a.y, b.y]))
 
-# %% ../nbs/00_data.ipynb #a373a347
+# %% ../nbs/00_data.ipynb #f026fb12
 class SemiDataLoaders(DataLoaders):
     "fastai's `DataLoaders` and an `unlabeled` loader, which follows them to their device."
     def __init__(self,
@@ -658,6 +660,7 @@ class SemiDataLoaders(DataLoaders):
 
     @DataLoaders.device.setter
     def device(self, d):
+        "Move all loaders, the unlabelled one too."
         if self.unlabeled is not None: self.unlabeled.to(d)
         DataLoaders.device.fset(self, d)
 
@@ -781,12 +784,13 @@ def _stl10_folds(folder, n):
         raise _folds_error(f, f"10 lines of positions below {n} expected")
     return folds
 
-# %% ../nbs/00_data.ipynb #5e8dbf9e
+# %% ../nbs/00_data.ipynb #2f73f4df
 def _folds_error(f, why):
     gone = isinstance(why, OSError)
     return (FileNotFoundError if gone else ValueError)(
-        f"STL10 cannot be read from {f.parent}: {f.name} is {'missing' if gone else 'damaged'} "
-        f"({why}). Delete the folder and fetch it again with load_data(..., download=True), or "
+        f"STL10 cannot be read from {f.parent}: {f.name} is "
+        f"{'missing' if gone else 'damaged'} ({why}). Delete the folder and fetch it"
+        f" again with load_data(..., download=True), or "
         f"from {tvd.STL10.url}")
 
 # %% ../nbs/00_data.ipynb #4f538837

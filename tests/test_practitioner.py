@@ -180,3 +180,20 @@ def test_command_on_a_folder(method, labels, pictures, tmp_path, capsys):
     r = json.loads((tmp_path/'o/result.json').read_text())
     assert r['method'] == method and 0 <= r['accuracy'] <= 1 and 'on 30 test images' in r['protocol']
     assert [row['step'] for row in r['curve']] == [2, 4]
+
+def test_later_transforms_reach_the_unlabelled_images(tmp_path):
+    "`vision_learner` with a pretrained network adds `Normalize` to the loaders after `unlabeled_dl` was called."
+    from fastai.data.transforms import Normalize
+    from fastai.vision.augment import aug_transforms
+    from ssl_notes.core import ViewStream
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(4): PILImage.create(torch.full((16, 16, 3), 100, dtype=torch.uint8).numpy()).save(tmp_path/c/f'{i}.png')
+    files = get_image_files(tmp_path)
+    dls = DataBlock((ImageBlock, CategoryBlock), get_y=parent_label, batch_tfms=aug_transforms(size=16)).dataloaders(files, bs=2, num_workers=0)
+    stream = ViewStream(unlabeled_dl(dls, files), K=2)
+    plain = next(stream)[0]
+    dls.add_tfms([Normalize.from_stats([.5]*3, [.25]*3, cuda=False)], 'after_batch')
+    normal = next(stream)[0]
+    assert plain.min() >= 0
+    assert torch.allclose(normal.mean(), (plain.mean() - .5)/.25, atol=.5) and normal.min() < 0
