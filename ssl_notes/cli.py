@@ -252,13 +252,14 @@ def _line(data, method, labels, recs):
     return (f"{data:10}{method:12}{labels or 'all':>7}{len(a):>3}  {text:16}"
             f"{seconds.mean():>14.1f}")
 
-# %% ../nbs/32_cli.ipynb #424f4a70
+# %% ../nbs/32_cli.ipynb #964412e3
 def demo(
     out:str='runs/demo', # Where the picture and the result file go
     seeds:int=3, # Runs of each method
     steps:int=600, # Updates of each run
 ):
     "Forty labels of the digits: supervised, MixMatch, and supervised with all 1,300."
+    torch.set_num_threads(1)   # for so small a network more threads only wait
     data, recs, out = load_data('digits'), [], Path(out)
     for method,labels in (('supervised', 40), ('mixmatch', 40), ('supervised', None)):
         kw = _settings(method, PRESETS['digits'], steps)
