@@ -878,7 +878,7 @@ def stepped(self:Checkpoint):
 @patch
 def after_batch(self:Checkpoint):
     "Save between two batches; never in the middle of an accumulated gradient."
-    if self.training and self.due and self.__dict__.pop('_moved', False):
+    if self.training and self.due:   # set by an update, so no gradient is pending
         self.due = False
         self.save(self.epoch, self.learn.iter + 1)
 
@@ -1018,10 +1018,6 @@ class _Early(Callback):
     def before_batch(self):
         "Count from where the epoch was interrupted."
         if self.training: self.learn.iter += self.main.offset
-
-    def after_step(self):
-        "Note that no accumulated gradient is pending."
-        self.main.__dict__['_moved'] = True
 
 # %% ../nbs/03_core.ipynb #89ae7df8
 @patch
