@@ -165,12 +165,11 @@ def run_one(
 )->tuple: # The record (numbers and strings only), the Learner
     "Train once; returns what a result file says about it."
     if not lr > 0: raise ValueError(f"lr: got {lr}, expected a learning rate above 0")
-    same = dict(method=method, data=data.name, lr=lr, **kwargs)   # for a resumed run, too
-    cbs = [] if folder is None else [Checkpoint(folder, every=every, settings=same)]
+    settings = dict(method=method, data=data.name, lr=lr, **kwargs)
+    cbs = [] if folder is None else [Checkpoint(folder, every=every, settings=settings)]
     learn = make_learner(method, data, steps=steps, evals=evals, cbs=cbs, **kwargs)
     learn.fit(evals, lr)
-    settings = dict(method=method, data=data.name, steps=steps, lr=lr, **kwargs)
-    return {**settings, **_outcome(learn)}, learn
+    return dict(settings, steps=steps, **_outcome(learn)), learn
 
 # %% ../nbs/32_cli.ipynb #898ab2a0
 def _outcome(learn):
