@@ -255,7 +255,7 @@ def test_command_zeros(words, tmp_path, capsys, monkeypatch):
     command(*run, *words, capsys=capsys)
 
 def test_unknown_method(capsys):
-    assert "method: got 'fixmtach', expected 'supervised' or 'mixmatch'" in command('train', 'fixmtach', capsys=capsys)
+    assert "method: got 'fixmtach', expected one of supervised, pi_model" in command('train', 'fixmtach', capsys=capsys)
 
 def test_unknown_command(capsys):
     assert main(['trian']) == 2 and 'usage: ssl_notes {train,demo}' in capsys.readouterr().out

@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from ssl_notes.models import (STYLES, NormalizeInput, PreActBlock, SameConv2d, WRNStyle, get_style,
-                              init_weights, n_params, same_padding, small_cnn, wide_resnet)
+from ssl_notes.augment import Compose, RandomCrop, RandomFlip
+from ssl_notes.core import frozen_bn_stats
+from ssl_notes.data import get_digits
+from ssl_notes.models import (CONV13, GCN, STYLES, ZCA, InputNoise, NormalizeInput, PerImageNorm, PreActBlock, SameConv2d,
+                              WeightNorm, WeightNormConv2d, WeightNormLinear, WRNStyle, conv13, data_init, get_style,
+                              global_contrast_normalize, init_weights, mean_cov, mean_only_bn, n_params,
+                              per_image_normalize, same_padding, small_cnn, wide_resnet, wn_weight, zca_matrix)
 
 torch.set_num_threads(1)
 seeded = lambda s=0: torch.Generator().manual_seed(s)
@@ -240,5 +245,375 @@ def test_normalize_against_a_loop(ms):
     (lambda: small_cnn()(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), TypeError, ['uint8', '/255']),
 ])
 def test_bad_input(f, error, words):
+    with pytest.raises(error) as e: f()
+    assert all(w in str(e.value) for w in words), e.value
+
+
+# -- weight norm and mean-only batch norm -------------------------------------------------------
+wn_layers = lambda model: [m for m in model.modules() if isinstance(m, WeightNorm)]
+narrow = lambda **kw: conv13(**{**dict(width=4, generator=seeded()), **kw})
+images = lambda n=16, c=3, size=16, seed=1: torch.rand(n, c, size, size, generator=seeded(seed))
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([(), (1,), (3, 3)]), st.integers(0, 99))
+def test_weight_norm_against_a_loop(out, into, kernel, seed):
+    v, g = torch.randn(out, into, *kernel, generator=seeded(seed)), torch.randn(out, generator=seeded(seed+1))
+    want = torch.stack([g[i]*v[i]/v[i].square().sum().sqrt() for i in range(out)])
+    torch.testing.assert_close(wn_weight(v, g), want)
+    torch.testing.assert_close(wn_weight(v*3, g), want) # the length of v says nothing
+    torch.testing.assert_close(wn_weight(v, g).flatten(1).norm(dim=1), g.abs())
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([(), (3,), (2, 5)]), st.floats(-50, 50), st.integers(0, 99))
+def test_mean_only_bn_properties(n, c, rest, shift, seed):
+    t, b = torch.randn(n, c, *rest, generator=seeded(seed)).double(), torch.randn(c, generator=seeded(seed+1)).double()
+    y, m = mean_only_bn(t, b)
+    flat = lambda o: o.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(m, flat(t).mean(1))
+    torch.testing.assert_close(flat(y).mean(1), b)
+    torch.testing.assert_close(mean_only_bn(t + shift, b)[0], y) # a constant goes
+    torch.testing.assert_close(flat(y).var(1, correction=0), flat(t).var(1, correction=0)) # the spread stays
+    torch.testing.assert_close(mean_only_bn(t, b, m)[0], y)
+
+def test_gradients_flow_through_the_batch_mean():
+    "A constant added to all inputs changes nothing in training, so its gradient is zero"
+    layer, x = WeightNormLinear(3, 2, generator=seeded()).double(), torch.randn(5, 3).double()
+    c = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    layer(x + c).square().sum().backward()
+    torch.testing.assert_close(c.grad, torch.zeros(3).double())
+    assert torch.autograd.gradcheck(layer, x.requires_grad_())
+
+@pytest.mark.parametrize('make', [lambda: WeightNormLinear(3, 2, momentum=.1, generator=seeded()),
+                                  lambda: WeightNormConv2d(3, 2, 3, 1, momentum=.1, generator=seeded())])
+def test_training_evaluation_and_the_running_mean(make):
+    layer = make()
+    shape = (6, 3) if isinstance(layer, WeightNormLinear) else (6, 3, 5, 5)
+    x, mean = torch.randn(shape, generator=seeded(1)) + 1, torch.zeros(2)
+    for _ in range(3):
+        t = layer.product(x).transpose(0, 1).flatten(1)
+        layer(x)
+        mean = .9*mean + .1*t.mean(1)
+        torch.testing.assert_close(layer.running_mean, mean)
+    layer.eval()
+    y = layer(x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(y, t - mean[:, None])
+    torch.testing.assert_close(layer(x[:1]), layer(x)[:1], rtol=1e-5, atol=1e-5) # images do not see each other
+    torch.testing.assert_close(layer.running_mean, mean)
+
+def test_frozen_stats():
+    "A training-mode forward uses the batch, the running means stay, and the switch is put back"
+    model, x = narrow(noise=0., dropout=0.), images()
+    want, before = model(x), [m.running_mean.clone() for m in wn_layers(model)]
+    assert all(o.any() for o in before)
+    with frozen_bn_stats(model):
+        assert not any(m.track_running_stats for m in wn_layers(model))
+        torch.testing.assert_close(model(x), want)
+    assert all(torch.equal(m.running_mean, o) for m,o in zip(wn_layers(model), before))
+    assert all(m.track_running_stats for m in wn_layers(model))
+    model(x)
+    assert not any(torch.equal(m.running_mean, o) for m,o in zip(wn_layers(model), before))
+
+@pytest.mark.parametrize('n', [0, 1])
+def test_training_on_one_value_per_channel_is_refused(n):
+    model = narrow(noise=0.)
+    with pytest.raises(ValueError, match='larger batches'): model(images(n))
+    assert model.eval()(images(n)).shape == (n, 10)
+
+
+# -- conv13 -------------------------------------------------------------------------------------
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 12), st.integers(1, 100), st.integers(1, 4))
+def test_conv13_count_formula(width, classes, c):
+    total, i = 0, c
+    for f,k,*_ in CONV13:
+        total += i*f*width*k*k + 2*f*width
+        i = f*width
+    assert n_params(conv13(classes, c, width=width)) == total + i*classes + 2*classes
+
+def test_conv13_published_counts():
+    assert n_params(conv13()) == 3_121_812 and n_params(conv13(100)) == 3_133_512
+
+def test_conv13_layer_by_layer():
+    "The table of the paper, written down with torch's functions"
+    model, x = narrow(noise=0., dropout=0.), images(size=32)
+    def layer(m, h, pad):
+        w = m.g.view(-1, 1, 1, 1)*m.v/m.v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        t = F.conv2d(h, w, padding=pad)
+        return F.leaky_relu(t - t.mean((0, 2, 3), keepdim=True) + m.bias.view(-1, 1, 1), .1)
+    h, b = 2*x - 1, model.body
+    for m in wn_layers(model): nn.init.normal_(m.bias, generator=seeded(3))
+    for m in (b.conv1, b.conv2, b.conv3): h = layer(m, h, 1)
+    h = F.max_pool2d(h, 2)
+    for m in (b.conv4, b.conv5, b.conv6): h = layer(m, h, 1)
+    h = F.max_pool2d(h, 2)
+    for m in (b.conv7, b.conv8, b.conv9): h = layer(m, h, 0)
+    assert h.shape == (16, 4, 6, 6)
+    t = h.mean((2, 3)) @ (model.head.g[:, None]*F.normalize(model.head.v)).T
+    torch.testing.assert_close(model(x), t - t.mean(0) + model.head.bias, rtol=1e-4, atol=1e-5)
+
+def test_conv13_parts_and_order():
+    model, x = narrow().eval(), images()
+    assert [n for n,_ in model.named_children()] == ['norm', 'body', 'head']
+    assert isinstance(model.body[0], InputNoise) and model.head.in_features == 4
+    torch.testing.assert_close(model.head(model.body(model.norm(x))), model(x))
+    drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert [type(m) for m in drops] == [nn.Dropout]*2 and {m.p for m in drops} == {.5}
+    assert {m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {.1}
+    assert {m.momentum for m in wn_layers(model)} == {.001}
+
+@pytest.mark.parametrize('size', [(12, 12), (13, 19), (32, 32)])
+def test_conv13_sizes(size):
+    assert narrow()(torch.rand(2, 3, *size)).shape == (2, 10)
+
+def test_noise_and_dropout_come_from_torchs_generator_in_training_only():
+    model, x = narrow(), images()
+    out = []
+    for s in (0, 0, 1):
+        torch.manual_seed(s)
+        out.append(model(x))
+    assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
+    model.eval()
+    before = torch.get_rng_state()
+    assert torch.equal(model(x), model(x)) and torch.equal(torch.get_rng_state(), before)
+
+def test_conv13_weights_come_from_the_generator_alone():
+    before = torch.get_rng_state()
+    a, b, c = narrow(), narrow(), narrow(generator=seeded(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(a.head.v, b.head.v) and not torch.equal(a.head.v, c.head.v)
+    wide = conv13(generator=seeded())
+    for m in wn_layers(wide):
+        assert abs(m.v.std()/.05 - 1) < .05 and m.g.eq(1).all() and not m.bias.any() and not m.running_mean.any()
+    for p in a.parameters(): p.data.add_(1)
+    init_weights(a, generator=seeded())
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
+
+def test_conv13_copies_and_files(tmp_path):
+    m, x = narrow(), images()
+    m(x)
+    want, f = m.eval()(x), tmp_path/'m.pth'
+    assert torch.equal(copy.deepcopy(m)(x), want) and torch.equal(pickle.loads(pickle.dumps(m))(x), want)
+    torch.save(m.state_dict(), f)
+    other = conv13(width=4).eval()
+    other.load_state_dict(torch.load(f, weights_only=True))
+    torch.testing.assert_close(other(x), want)
+    assert 'running_mean' in {k.rpartition('.')[2] for k in m.state_dict()}
+
+@pytest.mark.parametrize('training', [False, True])
+def test_conv13_memory_format_and_bf16(training):
+    model, x = data_init(narrow(noise=0., dropout=0.), images(), seeded()).train(training), images(seed=2)
+    fresh = lambda: copy.deepcopy(model)
+    want = fresh()(x)
+    cl = fresh().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(cl(x.to(memory_format=torch.channels_last)), want, rtol=1e-3, atol=1e-4)
+    m = fresh()
+    with torch.autocast('cpu', dtype=torch.bfloat16): y = m(x)
+    assert y.dtype == torch.bfloat16 and {o.running_mean.dtype for o in wn_layers(m)} == {torch.float32}
+    assert (y.float() - want).square().mean() < .01*want.square().mean()
+    if training:
+        y.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
+    assert fresh().to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+def test_the_mean_is_summed_in_float32():
+    "In bfloat16 a sum of 40,000 ones would stop at 256"
+    t = torch.ones(4, 1, 100, 100, dtype=torch.bfloat16)
+    y, m = mean_only_bn(t, torch.zeros(1))
+    assert m.dtype == torch.float32 and m.item() == 1 and y.dtype == torch.bfloat16 and not y.any()
+
+def test_conv13_gets_gradients_and_learns():
+    model = data_init(narrow(noise=.05, dropout=0., in_channels=1), images(c=1), seeded())
+    x, y = images(32, 1), torch.arange(32) % 2
+    x[y == 1, :, :8] *= .3
+    opt, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    torch.manual_seed(0)
+    for _ in range(25):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        opt.step(); opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < .5*losses[0]
+
+
+# -- data-dependent initialisation --------------------------------------------------------------
+@settings(deadline=None, max_examples=8)
+@given(st.integers(0, 999), st.sampled_from([0., .15]), st.sampled_from([0., .5]), st.integers(12, 18))
+def test_data_init_makes_every_preactivation_zero_mean_unit_std(seed, noise, dropout, size):
+    model, x, seen = narrow(noise=noise, dropout=dropout), images(24, size=size, seed=seed), []
+    keep = lambda m, args, y: seen.append(y.transpose(0, 1).flatten(1).clone()) # the activation is in place
+    hooks = [m.register_forward_hook(keep) for m in wn_layers(model)]
+    data_init(model, x, seeded(seed))
+    for h in hooks: h.remove()
+    assert len(seen) == 10
+    for y in seen:
+        torch.testing.assert_close(y.mean(1), torch.zeros(len(y)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(y.std(1, correction=0), torch.ones(len(y)), rtol=1e-3, atol=0)
+
+def test_data_init_leaves_no_trace_but_the_weights():
+    model, x = narrow(), images()
+    model(x)
+    model.eval(); model.body.drop3.train()
+    modes = [m.training for m in model.modules()]
+    buffers = {k: v.clone() for k,v in model.named_buffers()}
+    assert data_init(model, x) is model
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, buffers[k]) for k,v in model.named_buffers())
+    assert not any(m._forward_pre_hooks for m in wn_layers(model))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(not m.bias.any() and abs(m.v.std()/.05 - 1) < .4 for m in wn_layers(model))
+
+def test_data_init_generators():
+    "With a generator nothing else decides, and torch's own is left alone; without one, torch's decides"
+    params = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
+    x, before = images(), torch.get_rng_state()
+    a = params(data_init(narrow(), x, seeded(5)))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(params(data_init(narrow(generator=seeded(8)), x, seeded(5))), a)
+    assert not torch.equal(params(data_init(narrow(), x, seeded(6))), a)
+    out = []
+    for s in (1, 1, 2):
+        torch.manual_seed(s)
+        out.append(params(data_init(narrow(), x)))
+    assert torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
+
+def test_data_init_names_the_layer_and_cleans_up():
+    flat = torch.full((4, 3, 16, 16), .3)
+    model = nn.Sequential(WeightNormConv2d(3, 2, 1), nn.LeakyReLU())
+    with pytest.raises(ValueError, match="layer '0'"): data_init(model, flat, seeded())
+    assert not model[0]._forward_pre_hooks and model[0].training
+    one = narrow(noise=0., dropout=0.).eval()
+    with pytest.raises(ValueError, match="layer 'head'"): data_init(one, images(1), seeded())
+    assert not one.training and not one.head._forward_pre_hooks
+    bad = images()
+    bad[0] = math.nan
+    with pytest.raises(ValueError, match="body.conv1"): data_init(narrow(), bad, seeded())
+
+
+# -- what is done to the input ------------------------------------------------------------------
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(2, 6), st.integers(2, 6))
+
+@settings(deadline=None, max_examples=25)
+@given(shapes, st.integers(0, 99), st.floats(.1, 1), st.floats(0, .5), st.floats(1, 100))
+def test_per_image_normalisation_properties(shape, seed, a, b, scale):
+    x = torch.rand(shape, generator=seeded(seed)).double()
+    p, g = per_image_normalize(x), global_contrast_normalize(x, scale)
+    flat, ones = p.flatten(1), torch.ones(len(x)).double()
+    torch.testing.assert_close(flat.mean(1), 0*ones, rtol=0, atol=1e-9)
+    torch.testing.assert_close(flat.square().mean(1), ones)
+    torch.testing.assert_close(g.flatten(1).norm(dim=1), scale*ones)
+    torch.testing.assert_close(per_image_normalize(a*x + b), p, rtol=1e-6, atol=1e-6) # brightness and contrast go
+    torch.testing.assert_close(per_image_normalize(x[:1]), p[:1]) # images do not see each other
+
+@pytest.mark.parametrize('f', [per_image_normalize, global_contrast_normalize, PerImageNorm(), GCN(55)])
+@pytest.mark.parametrize('value', [0., .1, 1/3, 1.])
+def test_constant_images_give_zeros_and_finite_gradients(f, value):
+    x = torch.full((2, 3, 32, 32), value)
+    x[1, 0, 0, 0] += 1/255 # the smallest contrast that bytes can have
+    y = f(x.requires_grad_())
+    y.square().sum().backward()
+    assert not y[0].any() and x.grad.isfinite().all()
+    assert y[1].isfinite().all() and y[1].any()
+
+def test_bytes_and_floats_agree():
+    x = torch.randint(0, 256, (6, 3, 5, 5), generator=seeded(), dtype=torch.uint8)
+    for f in (PerImageNorm(), GCN(), ZCA.fit(x), ZCA.fit(x, 'mean_teacher')):
+        torch.testing.assert_close(f(x), f(x.float()/255))
+        assert f(x, torch.Generator()).dtype == torch.float32 and f(x[:0]).shape == (0, 3, 5, 5)
+        half = f((x.float()/255).to(torch.bfloat16))
+        assert half.dtype == torch.float32 and half.isfinite().all()
+
+def correlated(n=2000, c=2, size=3, seed=0):
+    "Full-rank images whose pixels depend on each other"
+    d = c*size*size
+    mix = torch.randn(d, d, generator=seeded(seed)).double()/d + torch.eye(d).double()*.3
+    return (.5 + .1*torch.randn(n, d, generator=seeded(seed+1)).double() @ mix).view(n, c, size, size)
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(0, 99))
+def test_zca_whitens(c, size, seed):
+    x = correlated(c=c, size=size, seed=seed)
+    z = ZCA.fit(x, eps=1e-9)
+    white = z(x.float()).double().flatten(1)
+    torch.testing.assert_close(white.T @ white/len(x), torch.eye(white.shape[1]).double(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(white.mean(0), torch.zeros(white.shape[1]).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(z.matrix, z.matrix.T, rtol=1e-4, atol=1e-4)
+
+def test_zca_of_the_other_style_whitens_what_gcn_made():
+    x = correlated()
+    z = ZCA.fit(x, 'mean_teacher', eps=1e-6)
+    rows = z(x.float()).double().flatten(1)
+    values = torch.linalg.eigvalsh(rows.T @ rows/(len(x) - 1))
+    assert values[0].abs() < 1e-2 # the mean of each image is gone, and with it one direction
+    torch.testing.assert_close(values[1:], torch.ones(len(values) - 1).double(), rtol=0, atol=1e-2)
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 8), st.floats(1e-4, 1), st.integers(0, 99))
+def test_zca_matrix_is_the_inverse_root(d, eps, seed):
+    a = torch.randn(d, d, generator=seeded(seed)).double()
+    w, cov = zca_matrix(a @ a.T, eps), a @ a.T + eps*torch.eye(d).double()
+    torch.testing.assert_close(w @ cov @ w, torch.eye(d).double(), rtol=0, atol=1e-6)
+
+@given(st.integers(1, 7), st.integers(0, 1))
+def test_chunks_change_nothing(size, ddof):
+    x = correlated(20)
+    mean, cov = mean_cov(x.split(size), lambda o: o.flatten(1), ddof)
+    torch.testing.assert_close(mean, x.flatten(1).mean(0))
+    torch.testing.assert_close(cov, x.flatten(1).T.cov(correction=ddof))
+
+def test_zca_is_deterministic_and_independent_of_order():
+    x = correlated(100)
+    a, b = ZCA.fit(x), ZCA.fit(x.flip(0))
+    torch.testing.assert_close(a.matrix, b.matrix, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ZCA.fit(x).matrix, a.matrix)
+
+def test_zca_stays_in_float32_under_autocast():
+    x = correlated().float()
+    z = ZCA.fit(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16): y = z(x)
+    assert torch.equal(y, z(x))
+
+def test_zca_as_step_of_an_augmentation_and_as_norm():
+    x = get_digits().train.x[:64]
+    z = ZCA.fit(x)
+    step = Compose(z, RandomFlip(), RandomCrop(1))
+    assert torch.equal(step(x, seeded(3)), Compose(RandomFlip(), RandomCrop(1))(z(x), seeded(3)))
+    for make in (lambda n: small_cnn(normalize=n), lambda n: wide_resnet(in_channels=1, normalize=n, **tiny)):
+        net = make(z).eval()
+        torch.testing.assert_close(net(x.float()/255), net.head(net.body(z(x))))
+        assert net.norm is not z and net.norm.matrix.data_ptr() != z.matrix.data_ptr()
+        other = make(ZCA(torch.zeros(1, 8, 8), torch.eye(64))).eval()
+        other.load_state_dict(net.state_dict())
+        torch.testing.assert_close(other(x.float()/255), net(x.float()/255))
+    big = F.interpolate(x.float()/255, scale_factor=2)
+    net = conv13(in_channels=1, width=4, normalize=ZCA.fit(big)).eval()
+    assert torch.equal(pickle.loads(pickle.dumps(net))(big), net(big))
+    assert not any('norm' in n for n,_ in net.named_parameters())
+
+@pytest.mark.parametrize('f, error, words', [
+    (lambda: conv13(width=0), ValueError, ['width=0']),
+    (lambda: conv13(width=1.5), ValueError, ['width=1.5']),
+    (lambda: conv13(n_classes=0, width=2), ValueError, ['n_classes=0']),
+    (lambda: conv13(width=2, noise=-.1), ValueError, ['sigma=-0.1']),
+    (lambda: narrow()(images(size=8)), ValueError, ['8x8', '12x12', 'small_cnn']),
+    (lambda: narrow()(torch.rand(2, 3, 11, 40)), ValueError, ['11x40']),
+    (lambda: narrow()(images(c=1)), ValueError, ['1 channel', 'in_channels=3']),
+    (lambda: narrow()(images()[0]), ValueError, ['(B,C,H,W)']),
+    (lambda: WeightNormLinear(0, 3), ValueError, ['(3, 0)']),
+    (lambda: InputNoise(math.nan), ValueError, ['sigma=nan']),
+    (lambda: data_init(small_cnn(), images(c=1)), ValueError, ['WeightNorm']),
+    (lambda: GCN(0), ValueError, ['scale=0']),
+    (lambda: per_image_normalize(torch.rand(3, 8, 8)), ValueError, ['(B,C,H,W)']),
+    (lambda: per_image_normalize(torch.zeros(2, 3, 8, 8, dtype=torch.int64)), TypeError, ['int64']),
+    (lambda: ZCA.fit(images(1)), ValueError, ['1 image', 'at least 2']),
+    (lambda: ZCA.fit(images(), 'pca'), ValueError, ["'pca'", 'laine', 'mean_teacher']),
+    (lambda: ZCA.fit(images(4, 1, 3), eps=0), ValueError, ['eps=0']),
+    (lambda: ZCA.fit(images()[0]), ValueError, ['(B,C,H,W)']),
+    (lambda: ZCA.fit(images(4, 1, 3))(images(4, 1, 4)), ValueError, ['(1, 4, 4)', '(1, 3, 3)']),
+    (lambda: ZCA(torch.zeros(9), torch.eye(9)), ValueError, ['(9,)', '(C,H,W)']),
+    (lambda: ZCA(torch.zeros(1, 3, 3), torch.eye(8)), ValueError, ['(8, 8)']),
+])
+def test_bad_input_of_conv13_and_input_treatments(f, error, words):
     with pytest.raises(error) as e: f()
     assert all(w in str(e.value) for w in words), e.value

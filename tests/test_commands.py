@@ -1,0 +1,74 @@
+"Every method by its command, cut off and resumed; and what they have in common with one another."
+import json
+
+import pytest, torch
+
+from ssl_notes.cli import METHODS, PRESETS, main, make_learner, method_settings
+from ssl_notes.core import Checkpoint
+
+from helpers import DIGITS, Every, differences, quiet_fit, weights
+
+small = ['--steps', '12', '--evals', '4', '--bs', '8', '--ubs', '8', '--every', '5']
+consistency = [m for m in METHODS if m != 'supervised']
+
+@pytest.mark.parametrize('method', METHODS)
+def test_command(method, tmp_path, capsys):
+    args = ['train', method, *small, '--out', str(tmp_path)]
+    assert main(args) == 0
+    rec = json.loads((tmp_path/'result.json').read_text())
+    assert (rec['method'], rec['steps'], rec['ubs'], len(rec['curve'])) == (method, 12, 8, 4)
+    assert 'mask_rate' not in rec and ('loss_u' in rec['curve'][-1]) == (method != 'supervised')
+    assert method in capsys.readouterr().out
+
+@pytest.mark.parametrize('data, ratio', [('digits', 1), ('cifar10', 7)])
+def test_unlabelled_images_of_uda(data, ratio, tmp_path, monkeypatch):
+    import ssl_notes.cli as cli
+    seen = []
+    monkeypatch.setattr(cli, 'load_data', lambda *a, **kw: DIGITS)
+    def stop(*a, **kw): seen.append(kw['ubs']); raise ValueError('enough')
+    monkeypatch.setattr(cli, 'run_one', stop)
+    assert main(['train', 'uda', '--data', data, '--steps', '2', '--evals', '1', '--bs', '4', '--out', str(tmp_path)]) == 1
+    assert seen == [4*ratio]
+
+class Cut(Exception): pass
+
+def stop_at(n):
+    def cut(cb):
+        if cb.training and cb.train_iter == n: raise Cut('here')
+    return Every('after_batch', cut)
+
+def build(method, folder, cbs=(), **change):
+    kw = {**method_settings(method, PRESETS['digits'], 12, 4), **change}
+    return make_learner(method, DIGITS, labels=40, seed=1, steps=12, evals=4, bs=8,
+                        cbs=[Checkpoint(folder, every=1), *cbs], **kw)
+
+def outcome(learn):
+    drop = 'cpu_s', 'wall_s', 'cpu', 'wall'
+    cbs = {cb.name: cb.state_dict() for cb in learn.cbs if hasattr(type(cb), 'state_dict')}
+    return weights(learn), learn.opt.state_dict(), {k: v for k,v in cbs.items() if k != 'curve'}, \
+           [{k: v for k,v in r.items() if k not in drop} for r in learn.curve.rows]
+
+@pytest.mark.parametrize('method', consistency)
+@pytest.mark.parametrize('at', [2, 7])
+def test_cut_and_resumed_is_the_same_run(method, at, tmp_path):
+    whole = quiet_fit(build(method, tmp_path/'a'), 4, 1e-3)
+    with pytest.raises(Cut): quiet_fit(build(method, tmp_path/'b', [stop_at(at)]), 4, 1e-3)
+    torch.manual_seed(99)   # another process would be anywhere
+    resumed = quiet_fit(build(method, tmp_path/'b'), 4, 1e-3)
+    assert not differences(outcome(whole), outcome(resumed))
+
+@pytest.mark.parametrize('method', consistency)
+def test_same_seed_same_run(method, tmp_path):
+    a, b = (quiet_fit(build(method, tmp_path/n), 4, 1e-3) for n in 'ab')
+    assert not differences(outcome(a), outcome(b))
+
+@pytest.mark.parametrize('method, off', [('pi_model', dict(w_max=0.)), ('temporal_ensembling', dict(w_max=0.)),
+                                         ('pseudo_label', dict(alpha_f=0.)), ('mean_teacher', dict(w_max=0.)),
+                                         ('uda', dict(lambda_u=0.)), ('mixmatch', dict(lambda_u=0.))])
+def test_the_unlabelled_term_moves_the_network(method, off, tmp_path):
+    sure = dict(threshold=0.) if method in ('uda', 'pseudo_label') else {}   # so early nothing is confident
+    few = dict(ubs=650) if method == 'temporal_ensembling' else {}           # each image must come back
+    with_it = quiet_fit(build(method, tmp_path/'a', **sure, **few), 4, 1e-3)
+    without = quiet_fit(build(method, tmp_path/'b', **sure, **few, **off), 4, 1e-3)
+    head = lambda l: l.model.head.weight
+    assert not torch.allclose(head(with_it), head(without), atol=1e-4)
