@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'ImageSet', 'set_style', 'show_images', 'Splits', 'stratified_order', 'get_digits', 'split_labels',
-           'ImageDL', 'to_image_set', 'label_split', 'SemiDataLoaders', 'get_dls', 'load_data', 'image_folder']
+           'ImageDL', 'to_image_set', 'label_split', 'SemiDataLoaders', 'get_dls', 'mixed_dls', 'load_data',
+           'image_folder']
 
 # %% ../nbs/00_data.ipynb #9e61c169
 from dataclasses import dataclass
@@ -389,21 +390,22 @@ def next_idx(self:ImageDL,
         self._pos = len(out[-1])
     return out[0] if len(out)==1 else torch.cat(out)
 
-# %% ../nbs/00_data.ipynb #27c820ee
+# %% ../nbs/00_data.ipynb #08046456
 @patch
 def augment_batch(self:ImageDL,
     x:Tensor, # Images, uint8 `(B,C,H,W)`
+    generator:torch.Generator|None=None, # Source of the view; this loader's if not given
 )->Tensor: # Float images in [0,1]
-    "One random view of each image, drawn from this loader's generator."
-    x = self._view(x)
+    "One random view of each image."
+    x = self._view(x, generator)
     if not self.after_batch.fs: return x
     return self.after_batch((TensorImage(x),))[0].as_subclass(Tensor)
 
-# %% ../nbs/00_data.ipynb #ca2ffa67
+# %% ../nbs/00_data.ipynb #6251d0f2
 @patch
-def _view(self:ImageDL, x):
+def _view(self:ImageDL, x, generator=None):
     "Augment and scale, in plain tensors: fastai's subclass makes every operation slower"
-    if self.augment is not None: x = self.augment(x, self.generator)
+    if self.augment is not None: x = self.augment(x, generator or self.generator)
     return x.float().div_(255) if x.dtype==torch.uint8 else x
 
 # %% ../nbs/00_data.ipynb #d51f6905
@@ -700,6 +702,37 @@ def get_dls(
     unl = ImageDL(pool, ubs, seed=s2, index=True, **kw)
     valid = ImageDL(valid, 256, device=dev)
     return SemiDataLoaders(train, valid, unlabeled=unl, device=dev)
+
+# %% ../nbs/00_data.ipynb #1f27f2f1
+def mixed_dls(
+    data, # `Splits`, or a name for `load_data`
+    n_labels:int|None, # How many labels may be seen; None is all
+    seed:int=0, # Of the split, the order and the augmentation
+    bs:int=100, # Images per step, labelled or not
+    augment=None, # `augment(x_uint8, generator)`
+    steps:int|None=None, # Steps per epoch of an endless stream; None is one pass
+    valid=None, # An `ImageSet`, or how many training images; None is the test set
+    balanced:bool=True, # As in `split_labels`
+    device=None, # fastai's default device where it is None
+)->SemiDataLoaders:
+    "One training loader over all images, `(x, positions)`, and a validation loader."
+    if not isinstance(data, Splits): data = load_data(data)
+    pool, valid = _partly_labeled(data, n_labels, seed, valid, balanced)
+    dev, own = device or default_device(), _seeds(seed)[0]
+    train = ImageDL(pool, bs, True, steps, own, index=True, augment=augment,
+        drop_last=True, device=dev)
+    return SemiDataLoaders(train, ImageDL(valid, 256, device=dev), device=dev)
+
+# %% ../nbs/00_data.ipynb #ad32a1f5
+def _partly_labeled(data, n_labels, seed, valid, balanced):
+    "All training images with the chosen labels, -1 elsewhere; and the validation set"
+    lab = _labeled_idx(data, n_labels, seed, balanced)
+    held, valid = _held_out(data, lab, seed, valid)
+    y = torch.full_like(data.train.y, -1)
+    y[lab] = data.train.y[lab]
+    pool = data.train._like(data.train.x, y).subset(_without(len(y), held))
+    if data.unlabeled is not None: pool = _join(pool, data.unlabeled.hide_labels())
+    return pool, valid
 
 # %% ../nbs/00_data.ipynb #83af1576
 def _read(cls, root, download, **split):
