@@ -45,13 +45,13 @@ def sigmoid_rampup(
     "Gaussian-shaped warm-up $e^{-5(1-t)^2}$ (Laine and Aila 2017, section 3)."
     return 1. if length <= 0 else math.exp(-5*(1 - min(max(step/length, 0.), 1.))**2)
 
-# %% ../nbs/03_core.ipynb #e3588c95
+# %% ../nbs/03_core.ipynb #336c32fd
 def gaussian_rampdown(
     step:float, # Progress so far, in the units of `total`
     total:float, # Length of the training
     length:float, # The last part of it, in which the factor falls; 0 means none
 )->float: # Between $e^{-12.5}$ and 1
-    r"$e^{-12.5\phi^2}$ over the last `length` (Laine and Aila 2017, section 3; their code)."
+    r"$e^{-12.5\phi^2}$ over the last `length` (Laine and Aila 2017, section 3, and code)."
     if length <= 0: return 1.
     return math.exp(-12.5*max(0., 1 - (total - step)/length)**2)
 
@@ -414,7 +414,7 @@ def one_hot(
             f"one row of {c} probabilities for each image")
     return (y[:, None] == torch.arange(c, device=y.device)).float()
 
-# %% ../nbs/03_core.ipynb #83cb9747
+# %% ../nbs/03_core.ipynb #3a1c8c4e
 class SemiSupervised(PartsCallback, OnStep):
     "Base of all methods: unlabelled views in, named loss terms out; a subclass says which."
     order, run_valid = GradientAccumulation.order-1, False
@@ -438,7 +438,7 @@ class SemiSupervised(PartsCallback, OnStep):
         if not isinstance(K, int) or K < 1:
             raise ValueError(f"K: got {K!r}, expected an integer of at least 1")
         self.unlabeled, self.K, self.ema, self.seed = unlabeled, K, ema, seed
-        self.stream, self.n_step, self.watch = None, 0, Watchdog()
+        self.stream, self.n_step, self.n_batch, self.watch = None, 0, 0, Watchdog()
         self.rng, self.sums = np.random.RandomState(seed), None
 
 # %% ../nbs/03_core.ipynb #bee94bd4
@@ -603,7 +603,7 @@ def gather(self:SemiSupervised,
     with frozen_bn_stats(self.learn.model):
         return torch.cat([pred] + [self.learn.model(c) for c in self.chunks])
 
-# %% ../nbs/03_core.ipynb #e8fba3a2
+# %% ../nbs/03_core.ipynb #a6adee76
 @patch
 def after_pred(self:SemiSupervised):
     "Logits become named terms; fastai sees those of the labelled rows."
@@ -614,6 +614,7 @@ def after_pred(self:SemiSupervised):
         self.total = self.total + weight*term
         self.note(name, term.detach())
     self.sums['_n'] = self.sums.get('_n', 0) + 1
+    self.n_batch += 1
     self.learn.pred = logits[:self.n_x]
 
 @patch
@@ -621,7 +622,7 @@ def after_loss(self:SemiSupervised):
     "The loss to differentiate is the weighted sum of the terms."
     self.learn.loss_grad, self.learn.loss = self.total, self.total.detach().clone()
 
-# %% ../nbs/03_core.ipynb #dc6d78ca
+# %% ../nbs/03_core.ipynb #9be98bf2
 @patch
 def check_ramp(self:SemiSupervised,
     name:str, # The argument that sets it
@@ -630,14 +631,20 @@ def check_ramp(self:SemiSupervised,
 ):
     "Raise `ValueError` if the training will be over before the ramp is."
     if hasattr(self.learn, 'lr_finder'): return
-    n_iter = len(self.dls.train)
-    total = self.n_step + (self.n_epoch - self.epoch)*n_iter
+    n_iter, done = len(self.dls.train), self.n_step if unit == 1 else self.n_batch
+    total = done + (self.n_epoch - self.epoch)*n_iter
     if length*unit > total:
         units = 'updates' if unit == 1 else 'epochs'
         raise ValueError(
             f"{name}: got {length} {units}, but the training has {total/unit:g}, so the "
             f"weight would never be whole; give {name}={total//unit//3} or so, or train "
             "longer")
+
+# %% ../nbs/03_core.ipynb #b8467ee2
+@patch
+def epochs_done(self:SemiSupervised)->float: # Batches so far, in epochs
+    "For schedules that count epochs; accumulated gradients do not slow it down."
+    return self.n_batch/len(self.dls.train)
 
 # %% ../nbs/03_core.ipynb #4d6494ef
 @patch
@@ -696,20 +703,21 @@ def _put_back(self:SemiSupervised):
     self.load_state_dict(state)
     self.__dict__['_resumed'] = False   # the next epoch's columns start from zero
 
-# %% ../nbs/03_core.ipynb #096c57ef
+# %% ../nbs/03_core.ipynb #a515c66c
 @patch
 def state_dict(self:SemiSupervised)->dict: # For `load_state_dict`
     "Everything that the method remembers, as tensors and numbers."
-    return dict(n_step=self.n_step, rng=rng_state(self.rng), sums=self.sums,
+    return dict(n_step=self.n_step, n_batch=self.n_batch, rng=rng_state(self.rng),
+                sums=self.sums,
                 stream=None if self.stream is None else self.stream.state_dict())
 
-# %% ../nbs/03_core.ipynb #d56acfe7
+# %% ../nbs/03_core.ipynb #94515462
 @patch
 def load_state_dict(self:SemiSupervised,
     state:dict, # What `state_dict` returned
 ):
     "Continue from `state`, before or after the stream was made."
-    self.n_step, self.sums = state['n_step'], state['sums']
+    self.n_step, self.n_batch, self.sums = (state[k] for k in ('n_step', 'n_batch', 'sums'))
     set_rng_state(self.rng, state['rng'])
     self.__dict__['_resumed'] = self.sums is not None
     if state['stream'] is None: self.stream = None

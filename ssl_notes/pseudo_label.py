@@ -94,14 +94,14 @@ def make_batch(self:PseudoLabelCallback,
     self.targets, self.idx = y, idx
     return self.first_forward(x, views[0])
 
-# %% ../nbs/11_pseudo_label.ipynb #c6844420
+# %% ../nbs/11_pseudo_label.ipynb #8660ff9c
 @patch
 def loss_terms(self:PseudoLabelCallback,
     logits:torch.Tensor, # Of all rows, fp32
 )->dict: # Name: (scalar, weight)
     "Cross-entropy with given labels, and with guessed ones."
     x, u = logits[:self.n_x], logits[self.n_x:]
-    w = pseudo_label_weight(self.n_step/len(self.dls.train), self.alpha_f, self.t1, self.t2)
+    w = pseudo_label_weight(self.epochs_done(), self.alpha_f, self.t1, self.t2)
     loss_u, mask = pseudo_label_loss(u, self.threshold)
     self.note('weight', w)
     self.note('mask_rate', mask.mean())

@@ -149,7 +149,7 @@ def loss_terms(self:PiModelCallback,
     return dict(loss_x=(masked_cross_entropy(logits[:self.n_x], self.targets), 1.),
                 loss_u=(consistency_loss(a, target.softmax(1)), w))
 
-# %% ../nbs/10_temporal_ensembling.ipynb #4154ff64
+# %% ../nbs/10_temporal_ensembling.ipynb #0787ab43
 class TemporalEnsemblingCallback(PiModelCallback):
     "Temporal Ensembling (Laine and Aila 2017): one look, compared with all earlier ones."
     terms = ('loss_x', 'loss_u', 'weight')
@@ -165,7 +165,8 @@ class TemporalEnsemblingCallback(PiModelCallback):
         batchnorm:str='separate', # Labelled and unlabelled rows apart, or `joint`
         seed:int=0, # Of views of mixed batches
     ):
-        if not 0 <= alpha < 1: raise ValueError(f"alpha: got {alpha}, expected 0 <= alpha < 1")
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha: got {alpha}, expected 0 <= alpha < 1")
         super().__init__(unlabeled, w_max, rampup, ema=ema, batchnorm=batchnorm, seed=seed)
         self.K, self.alpha = 1, alpha
 
