@@ -304,6 +304,9 @@ class Links(NbdevLookup):
 
 _mdlink = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)((?:\s+\"[^\"]*\")?)\)")
 _claim = re.compile(r"(^# [^\n]+\n+)((?:>[^\n]*\n?)+)", re.M)
+# Sphinx puts formulas with `\\` into a `split`, in which MathJax takes no `\tag`; MyST leaves an `equation*` alone.
+_tagged = re.compile(r"\$\$((?:(?!\$\$).)*?\\tag(?:(?!\$\$).)*?)\$\$", re.S)
+def _equation(m): return f"\\begin{{equation*}}\n{m[1].strip()}\n\\end{{equation*}}" if r"\\" in m[1] else m[0]
 _callout = re.compile(r"^> \*\*([A-Za-z][\w ]{2,30}?)[.:]?\*\*", re.M)
 
 class Prose(Processor):
@@ -326,7 +329,7 @@ class Prose(Processor):
 
     def __call__(self, cell):
         if cell.cell_type != "markdown" or cell.get("made_"): return
-        src = self.links.linkify(_mdlink.sub(self.local, cell.source), self.page)
+        src = self.links.linkify(_mdlink.sub(self.local, _tagged.sub(_equation, cell.source)), self.page)
         if not self.titled and src.lstrip().startswith("# "):
             src, self.titled = _claim.sub(r"\1{.lead}\n\2", src, count=1), True
         out, prev = [], ""

@@ -16,19 +16,19 @@ from fastcore.basics import patch
 from .core import EMATeacher, SemiSupervised, frozen_bn_stats, sigmoid_rampup
 from .temporal_ensembling import masked_cross_entropy
 
-# %% ../nbs/12_mean_teacher.ipynb #4611dc6e
+# %% ../nbs/12_mean_teacher.ipynb #ce269d63
 def consistency_mse(
     logits:torch.Tensor, # Student's logits, (B,C)
     target:torch.Tensor, # Teacher's probabilities, (B,C)
 )->torch.Tensor: # Squared error of each row, mean over classes, in $[0, 2/C]$, (B,)
-    "Squared distance of two predictions, $J$ of the paper."
+    "Squared distance of two predictions, mean over classes: $J_i$."
     return (logits.softmax(1) - target).pow(2).mean(1)
 
-# %% ../nbs/12_mean_teacher.ipynb #06506c77
+# %% ../nbs/12_mean_teacher.ipynb #abe12db4
 def kl_scale(
     c:int, # Number of classes, $C$, 2 or more
 )->float: # 0.018 for ten classes
-    "Brings the KL divergence to the size of the mean squared error (TensorFlow code)."
+    "Brings the KL divergence near the size of the mean squared error (TensorFlow code)."
     return 2*(1 - 1/c)/c**2
 
 # %% ../nbs/12_mean_teacher.ipynb #d8a75e2e
@@ -69,22 +69,22 @@ def svhn_decay(
     "TensorFlow code for SVHN: 0.99 during the ramp-up, 0.999 after it."
     return early if step < rampup else late
 
-# %% ../nbs/12_mean_teacher.ipynb #5ba9118b
+# %% ../nbs/12_mean_teacher.ipynb #e8b33ce7
 def consistency_weight(
     step:int, # Updates done so far
     w_max:float=100., # Largest weight
     rampup:int=40_000, # Updates until it is reached
     share:float=1., # Labelled share of the rows, $M/N$, where batches are mixed
 )->float: # $w(t)$
-    r"$w_{max}\frac MN e^{-5(1-t/T)^2}$, as in the TensorFlow code."
+    r"$w_{max}\frac MN e^{-5(1-t/T)^2}$ up to $t=T$, as in the TensorFlow code."
     return w_max*share*sigmoid_rampup(step, rampup)
 
-# %% ../nbs/12_mean_teacher.ipynb #2e736a7a
+# %% ../nbs/12_mean_teacher.ipynb #71e27a64
 def cosine_rampdown(
-    epoch:float, # Progress so far
-    length:float, # Where the rate would be 0, in the same units
+    epoch:float, # Progress so far, $e$
+    length:float, # Where the rate would be 0, $E$, in the same units
 )->float: # Between 0 and 1
-    r"$\frac12(1+\cos(\pi\,t/T))$, the learning rate's factor in the PyTorch code."
+    r"$\frac12(1+\cos(\pi\,e/E))$ at epoch $e$ of $E$: factor of PyTorch's learning rate."
     return .5*(1 + math.cos(math.pi*min(epoch, length)/length))
 
 # %% ../nbs/12_mean_teacher.ipynb #cfd13a75
@@ -142,11 +142,11 @@ def before_train(self:MeanTeacherCallback):
     y = self.dls.train.dataset.y if self.mixed else None
     self.share = 1. if y is None else int((y >= 0).sum())/len(y)
 
-# %% ../nbs/12_mean_teacher.ipynb #2b0d9233
+# %% ../nbs/12_mean_teacher.ipynb #52eb7b1b
 @patch
 def ask_teacher(self:MeanTeacherCallback,
-    view:torch.Tensor, # (B,C,H,W)
-)->torch.Tensor: # Probabilities, fp32, without gradient, (B,L)
+    view:torch.Tensor, # (B,ch,H,W)
+)->torch.Tensor: # Probabilities, fp32, without gradient, (B,C)
     "The teacher's answer in training mode, with noise of its own."
     teacher = self.learn.ema_teacher
     # During `lr_find` nobody may have made a teacher yet, and none may change.
@@ -156,12 +156,12 @@ def ask_teacher(self:MeanTeacherCallback,
     with torch.no_grad(), keep, self.training_mode(net), self.autocast():
         return self.check_logits(net(view)).softmax(1)
 
-# %% ../nbs/12_mean_teacher.ipynb #3b389683
+# %% ../nbs/12_mean_teacher.ipynb #1c2dcdff
 @patch
 def make_batch(self:MeanTeacherCallback,
-    x:torch.Tensor, # Labelled images; in a mixed batch all images, (B,C,H,W)
-    y:torch.Tensor, # Their labels as rows, zeros where unknown, (B,L)
-    views:torch.Tensor, # Two views: the student's and the teacher's, (2,B',C,H,W)
+    x:torch.Tensor, # Labelled images; in a mixed batch all images, (B,ch,H,W)
+    y:torch.Tensor, # Their labels as rows, zeros where unknown, (B,C)
+    views:torch.Tensor, # Two views: the student's and the teacher's, (2,B',ch,H,W)
     idx:torch.Tensor, # Positions, not needed here, (B',)
 )->torch.Tensor: # Rows of the first forward
     "The teacher answers; the student gets the other view."

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from .core import SemiSupervised
 
-# %% ../nbs/11_pseudo_label.ipynb #d18c3e05
+# %% ../nbs/11_pseudo_label.ipynb #8a1f0a33
 def best_guess(
     logits:torch.Tensor, # Logits of unlabelled images, (B,L)
 )->torch.Tensor: # Pseudo-labels $y'$, integers without gradient, (B,)
-    "The most likely class, equation (1); the lower one of two that are alike."
+    "The most likely class, equation (1); in a tie the lower number."
     return logits.detach().argmax(1)
 
 # %% ../nbs/11_pseudo_label.ipynb #4730f23a
@@ -29,27 +29,27 @@ def pseudo_label_loss(
     mask = (logits.detach().softmax(1).amax(1) > threshold).float()
     return (loss*mask).mean(), mask
 
-# %% ../nbs/11_pseudo_label.ipynb #cf5dfb29
+# %% ../nbs/11_pseudo_label.ipynb #b948472a
 def pseudo_label_weight(
     t:float, # Epochs done so far
     alpha_f:float=3., # Final weight $\alpha_f$
     t1:float=100, # Until here the weight is 0, $T_1$
-    t2:float=600, # From here on it is whole, $T_2$
+    t2:float=600, # From here on it is $\alpha_f$, $T_2$
 )->float: # $\alpha(t)$
-    "Lee's schedule: nothing until $T_1$, then linear, whole from $T_2$ on."
+    "Lee's schedule: nothing until $T_1$, then linear, constant from $T_2$ on."
     if t < t1: return 0.
     return alpha_f if t >= t2 else alpha_f*(t - t1)/(t2 - t1)
 
-# %% ../nbs/11_pseudo_label.ipynb #ac725e65
+# %% ../nbs/11_pseudo_label.ipynb #71c71452
 class PseudoLabelCallback(SemiSupervised):
-    "Pseudo-label (Lee 2013); without arguments, the paper's method."
+    "Pseudo-label (Lee 2013). The default ramp is the paper's and needs 600 epochs."
     terms = ('loss_x', 'loss_u', 'weight', 'mask_rate', 'right_rate')
     of_batch = (*SemiSupervised.of_batch, 'idx')
     def __init__(self,
         unlabeled=None, # Loader of unlabelled images; `dls.unlabeled` if not given
         alpha_f:float=3., # Final weight $\alpha_f$, 0 or more
         t1:float=100, # Epochs until the weight starts to grow, $T_1$
-        t2:float=600, # Epochs until it is whole, $T_2\ge T_1$
+        t2:float=600, # Epochs until it is `alpha_f`, $T_2\ge T_1$
         threshold:float=None, # Confidence that a row needs, in [0,1]; None as in the paper
         ema:float=None, # Decay of a teacher that is evaluated; the paper has none
         batchnorm:str='separate', # Labelled and unlabelled rows apart, or `joint`

@@ -168,6 +168,14 @@ def test_recipes(kind, recipe, skip):
 
 @kinds
 @pytest.mark.parametrize('recipe', RECIPES)
+def test_without_memory(kind, recipe):
+    "`ema=0`: the teacher is the student, or the student of one update ago"
+    out, learn = diary([mean_teacher(recipe=recipe, ema=0.)], kind)
+    torch.testing.assert_close(teacher_of(learn)[1].weight, out[-2 if recipe == 'tensorflow' else -1])
+    assert not torch.equal(out[-1], out[-2])
+
+@kinds
+@pytest.mark.parametrize('recipe', RECIPES)
 def test_accumulated_gradients(kind, recipe):
     "Teacher, ramp and warm-up count updates, not batches"
     learn = learner([mean_teacher(recipe=recipe, rampup=1), GradientAccumulation(16 if kind == 'streams' else 32)], loaders(kind, 6))

@@ -27,7 +27,7 @@ from ssl_notes.pseudo_label import PseudoLabelCallback, best_guess, pseudo_label
 
 from helpers import DIGITS, Every, content, die, differences, digits_dls, in_child, learner, linux, quiet_fit, tiny_net, weights
 
-now = partial(PseudoLabelCallback, t1=0, t2=0)   # whole weight from the first update on
+now = partial(PseudoLabelCallback, t1=0, t2=0)   # full weight from the first update on
 
 
 # -- the equations --------------------------------------------------------------------------------

@@ -1,16 +1,20 @@
 "Pi-model and Temporal Ensembling: the table Z, both kinds of loaders, mistakes, kills, fastai's own loaders."
-import random, signal
+import json, random, re, signal
 from functools import partial
+from pathlib import Path
 
 import fastai.callback.schedule # lr_find
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IndexSplitter
-from fastai.learner import load_learner
+from fastai.learner import Learner, defaults, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
@@ -18,6 +22,7 @@ from fastai.vision.data import ImageBlock
 from ssl_notes.augment import weak_augment
 from ssl_notes.core import Checkpoint, read_checkpoint, unlabeled_dl
 from ssl_notes.data import ImageDL, SemiDataLoaders, Splits, mixed_dls
+from ssl_notes.models import small_cnn
 from ssl_notes.temporal_ensembling import (PiModelCallback, TemporalEnsemblingCallback, consistency_loss, consistency_weight,
                                            ensemble_target, ensemble_update, masked_cross_entropy)
 
@@ -372,6 +377,34 @@ def test_foreign_checkpoints(tmp_path):
     last = sorted((tmp_path/'a').glob('*.pt'))[-1]
     last.write_bytes(last.read_bytes()[:500])
     with pytest.raises(ValueError, match='not a whole checkpoint'): run(tmp_path/'a', PiModelCallback, 'mixed')
+
+
+# -- the page ---------------------------------------------------------------------------------------
+def test_the_example_of_the_page():
+    "The lines that the page shows before the code are those that a later cell runs"
+    page = json.loads((Path(__file__).parent.parent/'nbs'/'10_temporal_ensembling.ipynb').read_text())['cells']
+    text = next(s for c in page if (s := ''.join(c['source'])).startswith('## The callback'))
+    shown = re.search(r'```python\n(.*?)```', text, re.S)[1]
+    assert any(shown.splitlines()[0] in ''.join(c['source']) for c in page if c['cell_type'] == 'code')
+    names = dict(mixed_dls=mixed_dls, get_digits=lambda: DIGITS, weak_augment=weak_augment, Learner=Learner, small_cnn=small_cnn,
+                 CrossEntropyLossFlat=CrossEntropyLossFlat, accuracy=accuracy, TemporalEnsemblingCallback=TemporalEnsemblingCallback)
+    short = shown.replace('fit(12', 'fit(2').replace('rampup=4', 'rampup=1')
+    assert short != shown
+    usual = list(defaults.callbacks)
+    defaults.callbacks = [o for o in usual if o is not ProgressCallback]
+    try: exec(short.replace('learn.fit', 'learn.logger = len; learn.fit'), names)
+    finally: defaults.callbacks = usual
+    assert 'weight' in names['learn'].recorder.metric_names
+
+def test_labels_that_look_like_positions():
+    "All different in one small batch: this cannot be seen, as the page says"
+    class Wrong(ImageDL):
+        def _batch(self, idx): return super()._batch(idx)[0], torch.arange(len(idx))
+    dls = mixed()
+    wrong = Wrong(dls.train.dataset, 8, shuffle=True, index=True, drop_last=True)
+    cb = TemporalEnsemblingCallback(rampup=1)
+    quiet_fit(learner([cb], dls=SemiDataLoaders(wrong, dls.valid)), 1)
+    assert cb.t[8:].sum() == 0
 
 
 # -- fastai's own loaders -------------------------------------------------------------------------
