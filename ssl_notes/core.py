@@ -123,7 +123,7 @@ def set_global_rng_state(
     torch.set_rng_state(state['torch'].cpu())
     if state['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in state['cuda']])
 
-# %% ../nbs/03_core.ipynb #363e3937
+# %% ../nbs/03_core.ipynb #5fc6a546
 class ViewStream:
     "Endless batches of `K` random views, in seeded order, from any fastai loader."
     def __init__(self,
@@ -133,6 +133,10 @@ class ViewStream:
         strong=None, # `t(x_uint8, generator)`, done to all views but the first
     ):
         store_attr()
+        if not getattr(dl, 'indexed', True) or getattr(dl, 'n', 0) is None:
+            raise ValueError(
+                f"unlabeled: its {type(dl.dataset).__name__} hands out images without a "
+                "position; give a data set with __len__ and __getitem__")
         self.own = hasattr(type(dl), 'raw_batch')
         self.n, self.bs = len(dl.dataset), dl.bs
         self.generator = torch.Generator().manual_seed(seed)
@@ -287,7 +291,7 @@ def unlabeled_dl(
     dl.after_batch = dls.train.after_batch
     return dl
 
-# %% ../nbs/03_core.ipynb #f6a65a4a
+# %% ../nbs/03_core.ipynb #e78debc2
 class MixedStream:
     "Labels, where they are known, and further views of the images of a training batch."
     def __init__(self,
@@ -297,9 +301,23 @@ class MixedStream:
     ):
         store_attr()
         self.n, self.generator = len(dl.dataset), torch.Generator().manual_seed(seed)
-        if not (dl.dataset.y >= 0).any():
+        self.share = int((dl.dataset.y >= 0).sum())/self.n   # of the rows with a label
+        if not self.share:
             raise ValueError("dls.train: not one of its labels is known; make it with "
                              "`mixed_dls(data, n_labels)`")
+        self._check_positions()
+
+# %% ../nbs/03_core.ipynb #18bd3e05
+@patch
+def _check_positions(self:MixedStream):
+    "Refuse a loader whose second entry is not the position of the image."
+    i = self.dl.one_batch()[1]
+    ok = i.ndim == 1 and not i.is_floating_point() and 0 <= i.min() and i.max() < self.n
+    if not ok or len(i.unique()) < min(len(i), self.n):
+        raise ValueError(
+            "dls.train: the second entry of its batches is not the position of each "
+            "image (are these labels?); make it with `mixed_dls`, or with "
+            "`ImageDL(data, shuffle=True, index=True)`")
 
 # %% ../nbs/03_core.ipynb #9f3d0b2e
 @patch
@@ -460,13 +478,14 @@ def loss_terms(self:SemiSupervised,
     "What is lost."
     raise NotImplementedError(f"{type(self).__name__}: define loss_terms(logits)")
 
-# %% ../nbs/03_core.ipynb #e743569b
+# %% ../nbs/03_core.ipynb #4c5b0a76
 @patch
 def before_train(self:SemiSupervised):
     "Check loaders and classes; make the stream of views once."
     if not self.__dict__.pop('_resumed', False): self.sums = {k: 0. for k in self.terms}
     if self.stream is None: self.stream = self._make_stream()
     self.mixed = isinstance(self.stream, MixedStream)
+    self.share = self.stream.share if self.mixed else 1.
     self.c = getattr(self.dls, 'c', None)
     if not self.c:
         raise ValueError("dls: it does not say its number of classes; set `dls.c`")

@@ -130,17 +130,15 @@ def make_teacher(self:MeanTeacherCallback):
     if self.recipe == 'tensorflow': return EMATeacher(self.ema, 'own', before=True)
     return EMATeacher(partial(warm_decay, decay=self.ema), 'own')
 
-# %% ../nbs/12_mean_teacher.ipynb #213d129e
+# %% ../nbs/12_mean_teacher.ipynb #959c968c
 @patch
 def before_train(self:MeanTeacherCallback):
-    "Check the ramp; find the labelled share of the rows."
+    "Check the teacher and the ramp."
     SemiSupervised.before_train(self)
     if not hasattr(self.learn, 'ema_teacher'):
         raise ValueError("ema: the teacher was taken off this Learner; add an EMATeacher "
                          "to its callbacks, or a new MeanTeacherCallback")
     if self.n_step < self.rampup: self.check_ramp('rampup', self.rampup)
-    y = self.dls.train.dataset.y if self.mixed else None
-    self.share = 1. if y is None else int((y >= 0).sum())/len(y)
 
 # %% ../nbs/12_mean_teacher.ipynb #52eb7b1b
 @patch

@@ -6,12 +6,12 @@
 __all__ = ['masked_cross_entropy', 'consistency_loss', 'consistency_weight', 'ensemble_update', 'ensemble_target',
            'PiModelCallback', 'TemporalEnsemblingCallback']
 
-# %% ../nbs/10_temporal_ensembling.ipynb #e80e16c3
+# %% ../nbs/10_temporal_ensembling.ipynb #3015318d
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from .augment import hflip
-from .core import MixedStream, SemiSupervised, sigmoid_rampup
+from .core import SemiSupervised, sigmoid_rampup
 
 # %% ../nbs/10_temporal_ensembling.ipynb #498e4d8d
 def masked_cross_entropy(
@@ -90,15 +90,13 @@ def check_settings(self:PiModelCallback):
     if not 0 <= self.flip <= 1:
         raise ValueError(f"flip: got {self.flip}, expected a probability from 0 to 1")
 
-# %% ../nbs/10_temporal_ensembling.ipynb #d47aa186
+# %% ../nbs/10_temporal_ensembling.ipynb #242a9a8d
 @patch
 def before_train(self:PiModelCallback):
-    "Check the ramp; find the labelled share of the rows."
+    "Check the ramp."
     SemiSupervised.before_train(self)
     if self.epochs < self.rampup:
         self.check_ramp('rampup', self.rampup, len(self.dls.train))
-    labels = self.dls.train.dataset.y if self.mixed else None   # classes, -1: unknown
-    self.share = 1. if labels is None else int((labels >= 0).sum())/len(labels)
 
 # %% ../nbs/10_temporal_ensembling.ipynb #da9ae10a
 @patch
@@ -238,31 +236,6 @@ def load_state_dict(self:PiModelCallback,
     "Continue from `state`."
     SemiSupervised.load_state_dict(self, state)
     self.epochs = state['epochs']
-
-# %% ../nbs/10_temporal_ensembling.ipynb #b0a68ea2
-@patch
-def _make_stream(self:PiModelCallback):
-    "The stream, if the loader knows which image is which."
-    dl = self.unlabeled
-    if dl is None: dl = getattr(self.learn.dls, 'unlabeled', None)
-    if not getattr(dl, 'indexed', True) or getattr(dl, 'n', 0) is None:
-        raise ValueError(
-            f"unlabeled: its {type(dl.dataset).__name__} hands out images without a "
-            "position; give a data set with __len__ and __getitem__")
-    stream = SemiSupervised._make_stream(self)
-    if isinstance(stream, MixedStream): _check_positions(stream)
-    return stream
-
-# %% ../nbs/10_temporal_ensembling.ipynb #8466db8e
-def _check_positions(stream):
-    "Refuse a mixed loader whose second entry is not the position of the image."
-    i, n = stream.dl.one_batch()[1], stream.n
-    ok = i.ndim == 1 and not i.is_floating_point() and 0 <= i.min() and i.max() < n
-    if not ok or len(i.unique()) < min(len(i), n):
-        raise ValueError(
-            "dls.train: the second entry of its batches is not the position of each "
-            "image (are these labels?); make it with `mixed_dls`, or with "
-            "`ImageDL(data, shuffle=True, index=True)`")
 
 # %% ../nbs/10_temporal_ensembling.ipynb #45f92bd0
 @patch
