@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -51,9 +52,40 @@ def differences(a, b, at='', skip=()):
         if len(a) != len(b): return [f'{at}: lengths {len(a)}, {len(b)}']
         return [d for i,(x,y) in enumerate(zip(a, b)) for d in differences(x, y, f'{at}/{i}', skip)]
     if isinstance(a, torch.Tensor):
-        alike = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        alike = isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+        alike = alike and bool(((a == b) | (a != a) & (b != b)).all())
         return [] if alike else [f'{at}: tensors differ']
-    return [] if a == b else [f'{at}: {a!r}, {b!r}']
+    return [] if a == b or (a != a and b != b) else [f'{at}: {a!r}, {b!r}']   # nan is like nan
+
+class Items:
+    "Float images with labels: what a fastai loader of a user's own may give."
+    def __init__(self, n=40, c=10, shape=(1, 8, 8), dtype=torch.float32, seed=0):
+        self.x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        self.y = torch.arange(n) % c
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i], self.y[i]
+
+def loader(items, bs=8, shuffle=True): return TfmdDL(items, bs=bs, shuffle=shuffle, drop_last=shuffle, num_workers=0)
+
+def own_dls(train=None, bs=8, c=10, **kw):
+    "Loaders that fastai made, an unlabelled one among them; `kw` of `Items`."
+    dls = DataLoaders(loader(train or Items(**kw), bs), loader(Items(16, **kw), 8, False))
+    dls.c, dls.unlabeled = c, loader(Items(seed=1, **kw))
+    return dls
+
+def parameters(learn): return {k: v for k,v in weights(learn).items() if 'running' not in k and 'num_batches' not in k}
+
+def refused(learn, *words, error=ValueError):
+    "No step is made, and the message has all `words`."
+    w = parameters(learn)
+    with pytest.raises(error) as e: quiet_fit(learn, 1, 1e-2)
+    for o in words: assert o in str(e.value), f'{o!r} not in {e.value}'
+    assert differences(w, parameters(learn)) == []
+
+def finite(learn):
+    "All columns of the last row say something, but for the one that needs hidden labels."
+    names = learn.recorder.metric_names[1:-1]
+    return all(np.isfinite(v) for k,v in zip(names, learn.recorder.values[-1]) if k != 'right_rate')
 
 def content(folder):
     "All files with their bytes and times of change."

@@ -20,14 +20,23 @@ def test_command(method, tmp_path, capsys):
     assert 'mask_rate' not in rec and ('loss_u' in rec['curve'][-1]) == (method != 'supervised')
     assert method in capsys.readouterr().out
 
+def test_the_optimiser_is_a_choice(tmp_path):
+    recs = {}
+    for opt in ('adam', 'sgd'):
+        assert main(['train', 'fixmatch', *small, '--opt', opt, '--out', str(tmp_path/opt)]) == 0
+        recs[opt] = json.loads((tmp_path/opt/'result.json').read_text())
+    assert (recs['adam']['lr'], recs['sgd']['lr']) == (.002, .03)
+    assert recs['adam']['curve'][-1]['loss_x'] != recs['sgd']['curve'][-1]['loss_x']
+
+@pytest.mark.parametrize('method', ['uda', 'fixmatch', 'flexmatch', 'freematch'])
 @pytest.mark.parametrize('data, ratio', [('digits', 1), ('cifar10', 7)])
-def test_unlabelled_images_of_uda(data, ratio, tmp_path, monkeypatch):
+def test_unlabelled_images_of_uda_and_fixmatch(method, data, ratio, tmp_path, monkeypatch):
     import ssl_notes.cli as cli
     seen = []
     monkeypatch.setattr(cli, 'load_data', lambda *a, **kw: DIGITS)
     def stop(*a, **kw): seen.append(kw['ubs']); raise ValueError('enough')
     monkeypatch.setattr(cli, 'run_one', stop)
-    assert main(['train', 'uda', '--data', data, '--steps', '2', '--evals', '1', '--bs', '4', '--out', str(tmp_path)]) == 1
+    assert main(['train', method, '--data', data, '--steps', '2', '--evals', '1', '--bs', '4', '--out', str(tmp_path)]) == 1
     assert seen == [4*ratio]
 
 class Cut(Exception): pass
@@ -64,9 +73,12 @@ def test_same_seed_same_run(method, tmp_path):
 
 @pytest.mark.parametrize('method, off', [('pi_model', dict(w_max=0.)), ('temporal_ensembling', dict(w_max=0.)),
                                          ('pseudo_label', dict(alpha_f=0.)), ('mean_teacher', dict(w_max=0.)),
-                                         ('uda', dict(lambda_u=0.)), ('mixmatch', dict(lambda_u=0.))])
+                                         ('uda', dict(lambda_u=0.)), ('mixmatch', dict(lambda_u=0.)),
+                                         ('remixmatch', dict(lambda_u=0., lambda_u1=0., lambda_r=0.)),
+                                         ('fixmatch', dict(lambda_u=0.)), ('flexmatch', dict(lambda_u=0.)),
+                                         ('freematch', dict(lambda_u=0., lambda_f=0.))])
 def test_the_unlabelled_term_moves_the_network(method, off, tmp_path):
-    sure = dict(threshold=0.) if method in ('uda', 'pseudo_label') else {}   # so early nothing is confident
+    sure = dict(threshold=0.) if method in ('uda', 'pseudo_label', 'fixmatch') else {}   # so early nothing is confident
     few = dict(ubs=650) if method == 'temporal_ensembling' else {}           # each image must come back
     with_it = quiet_fit(build(method, tmp_path/'a', **sure, **few), 4, 1e-3)
     without = quiet_fit(build(method, tmp_path/'b', **sure, **few, **off), 4, 1e-3)

@@ -21,7 +21,7 @@ from ssl_notes.cli import main
 from ssl_notes.core import Checkpoint, EMATeacher, unlabeled_dl
 from ssl_notes.mixmatch import MixMatchCallback, mixmatch_adam
 
-from helpers import DIGITS, Every, differences, quiet_fit, weights
+from helpers import finite, DIGITS, Every, differences, quiet_fit, weights
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
@@ -76,7 +76,7 @@ def test_story(kind, pictures, tmp_path):
     look = Every('after_pred', lambda cb: rows.append((cb.pred.shape, cb.mix_match.targets.shape)))
     quiet_fit(learn, 2, 1e-3, cbs=look)
     assert rows == [((8, 3), (24, 3))]*4 and learn.mix_match.n_step == 4
-    assert differences(before, weights(learn)) and all(map(np.isfinite, learn.recorder.values[-1]))
+    assert differences(before, weights(learn)) and finite(learn)
     with learn.no_bar(), learn.no_logging():
         learn.show_results(max_n=4)
         dls.show_batch(max_n=4)

@@ -23,7 +23,7 @@ from torchvision.models import resnet18
 from ssl_notes.augment import weak_augment
 from ssl_notes.core import Checkpoint, read_checkpoint, unlabeled_dl
 from ssl_notes.data import ImageDL, mixed_dls
-from ssl_notes.pseudo_label import PseudoLabelCallback, best_guess, pseudo_label_loss, pseudo_label_weight, right_rate
+from ssl_notes.pseudo_label import PseudoLabelCallback, best_guess, pseudo_label_loss, pseudo_label_weight
 
 from helpers import DIGITS, Every, content, die, differences, digits_dls, in_child, learner, linux, quiet_fit, tiny_net, weights
 
@@ -75,12 +75,6 @@ def test_guess_is_a_constant(f):
     keep = (z.detach().softmax(1).amax(1) > .4).float() if f(z) != pseudo_label_loss(z)[0] else torch.ones(9)
     fixed = (F.cross_entropy(z, y, reduction='none')*keep).mean()
     torch.testing.assert_close(torch.autograd.grad(f(z), z)[0], torch.autograd.grad(fixed, z)[0])
-
-def test_right_rate():
-    z, mask = torch.eye(4)*5, torch.tensor([1., 1, 0, 0])
-    assert right_rate(z, mask, torch.tensor([0, 0, 2, 3])) == .25
-    assert right_rate(z, mask, torch.tensor([0, -1, 2, -1])) == .5
-    assert right_rate(z, mask, torch.full((4,), -1)).isnan()
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"What the page `03_core` cannot say in passing about strong views, mixed batches, first forwards, ramps and teachers."
+"What the page `03_core` cannot say in passing about strong views, mixed batches, first forwards, ramps, teachers and policies."
+import math, os
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from datetime import timedelta
 from functools import partial
 
 import fastai.callback.schedule # lr_find
@@ -7,17 +11,22 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
-from fastai.data.core import TfmdDL
-from fastai.data.transforms import IntToFloatTensor
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.transforms import IntToFloatTensor, Normalize
+from fastai.learner import load_learner
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage
 
 from ssl_notes.augment import weak_augment
-from ssl_notes.core import EMATeacher, MixedStream, SemiSupervised, ViewStream, frozen_bn_stats, ramped_schedule
+from ssl_notes.core import (EMATeacher, MixedStream, SemiSupervised, ViewStream, frozen_bn_stats, global_mean, one_hot,
+                            ramped_schedule, right_rate)
+from ssl_notes.ctaugment import CTAugment
 from ssl_notes.data import ImageDL, ImageSet, get_dls, mixed_dls
+from ssl_notes.fixmatch import freematch_update
 from ssl_notes.mixmatch import MixMatchCallback
+from ssl_notes.remixmatch import ReMixMatchCallback
 
-from helpers import DIGITS, Every, differences, digits_dls, learner, quiet_fit, tiny_net, weights
+from helpers import DIGITS, Every, differences, digits_dls, in_child, learner, linux, quiet_fit, tiny_net, weights
 
 def invert(x, generator=None): return 255 - x
 def noisy(x, generator): return torch.randint(0, 256, x.shape, generator=generator).byte()
@@ -256,3 +265,214 @@ def test_skipped_and_accumulated_steps_do_not_count(before):
     t = EMATeacher(.9, before=before)
     quiet_fit(learner([t, GradientAccumulation(16)]), 2, 1e-2)
     assert t.n_updates == 4
+
+
+# -- shares and means -----------------------------------------------------------------------------
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3), st.booleans()), min_size=1, max_size=20))
+def test_right_rate_against_a_loop(rows):
+    "Right and kept among those of known class, `nan` if there is none; without a mask every row counts"
+    guess, truth, mask = (torch.tensor(o) for o in zip(*rows))
+    for kept,got in ((mask.tolist(), right_rate(guess, truth, mask.float())), ([True]*len(rows), right_rate(guess, truth))):
+        known = [(g == t and k) for (g, t, _),k in zip(rows, kept) if t >= 0]
+        assert got.ndim == 0 and (math.isnan(got) if not known else math.isclose(float(got), sum(known)/len(known), rel_tol=1e-6))
+
+def test_global_mean_alone():
+    x = torch.rand(3, requires_grad=True)
+    assert global_mean(x) is x
+
+gloo = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason='torch without gloo')
+
+def two_processes(f, folder):
+    "`f(rank)` in two forked processes of one group; what it returns, by rank."
+    import torch.distributed as dist
+    def child(rank):
+        os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
+        store = dist.FileStore(str(folder/'store'), 2)
+        dist.init_process_group('gloo', store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        try: torch.save(f(rank), folder/f'{rank}.pt')
+        finally: dist.destroy_process_group()
+    with ThreadPoolExecutor(2) as pool: ends = list(pool.map(lambda r: in_child(partial(child, r)), range(2)))
+    assert ends == [0, 0]
+    return [torch.load(folder/f'{r}.pt') for r in range(2)]
+
+@linux
+@gloo
+def test_global_mean_of_two_processes(tmp_path):
+    "The argument stays as it was, and no gradient comes along"
+    def f(rank):
+        x = torch.tensor([1., 10.])*(rank + 1)
+        w = x.clone().requires_grad_()
+        return global_mean(x), x, global_mean(w*2).requires_grad, global_mean(torch.tensor(float(rank), dtype=torch.float64))
+    for rank,(mean, x, grad, half) in enumerate(two_processes(f, tmp_path)):
+        assert mean.tolist() == [1.5, 15.] and x.tolist() == [rank + 1., 10.*(rank + 1)] and not grad
+        assert half == .5 and half.dtype == torch.float64
+
+@linux
+@gloo
+def test_what_all_processes_share(tmp_path):
+    "Two processes with other data and other weights: what the methods average is the same in both, and is the mean of both"
+    q = [torch.randn(6, 10, generator=torch.Generator().manual_seed(r)).softmax(1) for r in range(2)]
+    y = [one_hot(torch.arange(6) % (r + 2), 10) for r in range(2)]
+    class Fixed(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.p, self.head = p, nn.Linear(1, 10)
+        def forward(self, x): return self.p.log()
+    def f(rank):
+        cb = ReMixMatchCallback(K=1, rampup=0)
+        quiet_fit(learner([cb]), 1, 1e-3)
+        cb.learn.model, cb.fifo, cb.p_data = Fixed(q[rank]), torch.full((128, 10), .1), torch.full((10,), .1)
+        cb.guess(torch.zeros(6, 1, 8, 8), y[rank])
+        for p in cb.head.parameters(): p.grad = torch.full_like(p, rank + 1.)
+        cb.before_step()
+        free = freematch_update((torch.tensor(.1), *torch.full((2, 10), .1)), q[rank], .5)
+        return cb.fifo[-1], cb.p_data, [p.grad.unique() for p in cb.head.parameters()], free
+    a, b = two_processes(f, tmp_path)
+    assert not differences(a, b)
+    both = torch.cat(q)
+    torch.testing.assert_close(a[0], both.mean(0))
+    torch.testing.assert_close(a[1], .999*torch.full((10,), .1) + .001*torch.cat(y).mean(0))
+    assert [g.tolist() for g in a[2]] == [[1.5], [1.5]]
+    for got,old,now in zip(a[3], (.1, .1, .1), (both.amax(1).mean(), both.mean(0), one_hot(both.argmax(1), 10).mean(0))):
+        torch.testing.assert_close(got, torch.as_tensor(.5*old + .5*now))
+
+
+# -- a policy beneath the loaders' Normalize ------------------------------------------------------
+class Policy:
+    "Draws, learns and keeps what it saw."
+    def __init__(self): self.seen, self.rate = [], torch.ones(2)
+    def __call__(self, x, generator):
+        self.seen.append(x)
+        return 1 - x if generator is None else (x + .25*torch.rand(len(x), 1, 1, 1, generator=generator)).clamp(0, 1)
+    def state_dict(self): return dict(rate=self.rate.clone())
+    def load_state_dict(self, state): self.rate = state['rate'].clone()
+
+class Probing(Policy):
+    def probe(self, x, generator):
+        self.probed = 1 - x
+        return self.probed, torch.full((len(x), 1), torch.randint(2, (1,), generator=generator).item())
+    def update(self, used, omega):
+        self.used, self.omega = used, omega
+        self.rate[used[0, 0]] = .9*self.rate[used[0, 0]] + .1*omega.mean()
+
+class Strong(SemiSupervised):
+    "Two views, the second made strong."
+    terms, n_views = ('loss_x', 'loss_u'), 2
+    def __init__(self, policy, ema=.9, **kw):
+        super().__init__(ema=ema, **kw)
+        self.policy, self.rows = policy, []
+    def make_batch(self, x, y, views, idx):
+        self.targets = y
+        self.probe(x, y)
+        rows = torch.cat([x, views[0], self.strengthen(views[1])])
+        self.rows.append((x, views, rows[-len(idx):]))
+        return rows
+    def loss_terms(self, logits):
+        x, weak, strong = logits.split([self.n_x, *[(len(logits) - self.n_x)//2]*2])
+        return dict(loss_x=(-(self.targets*x.log_softmax(1)).sum(1).mean(), 1.), loss_u=(((weak - strong)**2).mean(), .1))
+
+class Pictures:
+    "Images in [0,1] or elsewhere, with labels."
+    def __init__(self, n=40, scale=1., shift=0., seed=0):
+        self.x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))*scale + shift
+        self.y = torch.arange(n) % 10
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return TensorImage(self.x[i]), self.y[i]
+
+def normal_dls(norms=((.4, .2),), **kw):
+    tfms = [Normalize(*(torch.full((1, 1, 1, 1), o) for o in ms)) for ms in norms]
+    one = lambda seed, train: TfmdDL(Pictures(seed=seed, **kw), bs=8, shuffle=train, drop_last=train, num_workers=0, after_batch=tfms)
+    dls = DataLoaders(one(0, True), one(1, False))
+    dls.c, dls.unlabeled = 10, one(2, True)
+    return dls
+
+@pytest.mark.parametrize('norms', [(), ((.4, .2),), ((.4, .2), (-1., 3.))], ids=str)
+def test_policy_works_beneath_normalize(norms):
+    "It sees the pictures, and its result comes back as the loaders would give it; also beneath two of them"
+    cb = Strong(policy := Probing())
+    quiet_fit(learner([cb], normal_dls(norms)), 1, 1e-3)
+    assert len(policy.seen) == 5 and all(type(o) is torch.Tensor for o in policy.seen)
+    x, views, strong = cb.rows[-1]
+    plain, back = views[1], strong
+    for mean,std in reversed(norms): plain, back = plain*std + mean, back*std + mean
+    torch.testing.assert_close(policy.seen[-1], plain)
+    assert 0 <= plain.min() and plain.max() <= 1 and (plain.min() < .05) and (plain.max() > .95)
+    more = (back - plain).clamp(0)[:, 0, 0, 0]
+    assert more.max() > .02 and back.max() < 1.001
+    if norms: assert float((views[1]).amin()) < -.1   # the network's images are not pictures
+    for mean,std in reversed(norms): x = x*std + mean
+    torch.testing.assert_close(policy.probed, 1 - x)
+
+def test_probe_asks_the_averaged_network():
+    "In evaluation mode, about labelled images; the policy hears the share of the right class"
+    class Asking(Strong):
+        def probe(self, x, y):
+            super().probe(x, y)
+            t = self.learn.ema_teacher.teacher
+            assert not t.training
+            with torch.no_grad(): p = t((self.policy.probed - .4)/.2).softmax(1)
+            torch.testing.assert_close(self.policy.omega, (p*y).sum(1), rtol=1e-3, atol=1e-5)
+            self.asked = getattr(self, 'asked', 0) + 1
+    learn = quiet_fit(learner([cb := Asking(Probing())], normal_dls()), 2, 1e-2)
+    assert cb.asked == 10 and not torch.equal(cb.policy.rate, torch.ones(2)) and not cb.policy.omega.requires_grad
+    assert all(p.grad is None for p in learn.ema_teacher.teacher.parameters())
+
+def test_probe_without_a_teacher():
+    learn = learner([Strong(Probing(), ema=None)], normal_dls())
+    before = weights(learn)
+    with pytest.raises(ValueError, match='ema: this policy asks the averaged network; give `ema` a decay'): quiet_fit(learn, 1, 1e-3)
+    assert differences(before, weights(learn)) == []
+    quiet_fit(learner([Strong(Policy(), ema=None)], normal_dls()), 1, 1e-3)   # one that does not ask needs none
+    quiet_fit(learner([EMATeacher(.5), Strong(Probing(), ema=None)], normal_dls()), 1, 1e-3)   # nor with one of your own
+
+def test_update_of_no_rows():
+    with pytest.raises(ValueError, match='B at least 1'): CTAugment().update(torch.zeros(0, 4).long(), torch.zeros(0))
+
+@pytest.mark.parametrize('kw, fine', [(dict(), True), (dict(scale=.5), True), (dict(scale=2.), False), (dict(scale=255.), False),
+                                      (dict(shift=-.5), False)], ids=str)
+@pytest.mark.parametrize('norms', [(), ((.4, .2),)], ids=str)
+def test_images_outside_of_the_unit_range(kw, fine, norms):
+    learn = learner([Strong(Policy())], normal_dls(norms, **kw))
+    if fine: return quiet_fit(learn, 1, 1e-3) and None
+    with pytest.raises(ValueError, match=r'step 0: strong: the images leave \[0,1\].*Normalize'): quiet_fit(learn, 1, 1e-3)
+
+def test_state_of_a_policy():
+    "Generator and rates go into the state and come back"
+    a, b = Strong(Probing()), Strong(Probing(), seed=5)
+    quiet_fit(learner([a], normal_dls()), 1, 1e-3)
+    state = deepcopy(a.state_dict())
+    assert {'generator', 'policy'} <= state.keys() and 'generator' not in Plain().state_dict()
+    b.load_state_dict(state)
+    assert torch.equal(a.generator.get_state(), b.generator.get_state()) and torch.equal(a.policy.rate, b.policy.rate)
+    def draw(cb): return torch.rand(3, generator=cb.generator)
+    assert torch.equal(draw(a), draw(b))
+    c = Strong(lambda x, g: x)   # a plain function has nothing to remember
+    assert c.state_dict()['policy'] is None
+    c.load_state_dict(c.state_dict())
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_lr_find_leaves_the_policy_alone(trained):
+    def own(l):
+        s = l.strong.state_dict()
+        return s['generator'], s['policy'], s['n_step'], s['n_batch']
+    made = [learner([Strong(Probing())], digits_dls()) for _ in range(2)]
+    if trained: made = [quiet_fit(l, 1, 1e-2) for l in made]
+    a, b = made
+    at = b.dls.train.state_dict()
+    with b.no_bar(): b.lr_find(num_it=7, show_plot=False)
+    b.dls.train.load_state_dict(at)   # the labelled images are the loader's own business
+    assert differences(own(a), own(b)) == [] and differences(weights(a), weights(b)) == []
+    for l in made: quiet_fit(l, 1, 1e-2)
+    assert differences((own(a), weights(a), weights(a.ema_teacher.teacher)), (own(b), weights(b), weights(b.ema_teacher.teacher))) == []
+
+def test_own_number_of_views():
+    cb = Strong(Policy())
+    quiet_fit(learner([cb], digits_dls()), 1, 1e-3)
+    assert cb.K == 1 and cb.rows[0][1].shape[0] == 2 == cb.stream.K and Plain(K=3).n_views == 3
+
+def test_policy_is_not_exported(tmp_path):
+    learn = quiet_fit(learner([Strong(CTAugment())], digits_dls(), path=tmp_path), 1, 1e-3)
+    learn.strong.rows = []
+    learn.export('a.pkl')
+    assert load_learner(tmp_path/'a.pkl').strong.policy is None
