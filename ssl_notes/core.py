@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['linear_rampup', 'sigmoid_rampup', 'gaussian_rampdown', 'ramped_schedule', 'frozen_bn_stats', 'rng_state',
            'set_rng_state', 'global_rng_state', 'set_global_rng_state', 'ViewStream', 'unlabeled_dl', 'MixedStream',
-           'Watchdog', 'PartsCallback', 'OnStep', 'one_hot', 'SemiSupervised', 'LossColumns', 'unwrap', 'ema_update',
-           'EMATeacher', 'write_atomically', 'read_checkpoint', 'Checkpoint', 'run_info', 'write_result']
+           'Watchdog', 'PartsCallback', 'OnStep', 'one_hot', 'SemiSupervised', 'right_rate', 'global_mean',
+           'LossColumns', 'unwrap', 'ema_update', 'EMATeacher', 'write_atomically', 'read_checkpoint', 'Checkpoint',
+           'run_info', 'write_result']
 
-# %% ../nbs/03_core.ipynb #bdd45967
+# %% ../nbs/03_core.ipynb #627ab55b
 import json, math, os, platform, random, subprocess, time, zipfile
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -26,8 +27,10 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import Datasets, Pipeline, TfmdLists
+from fastai.data.transforms import Normalize
 from fastai.learner import Recorder
 from fastai.torch_core import rank_distrib, to_device
+from .ctaugment import proximity
 
 # %% ../nbs/03_core.ipynb #13128728
 def linear_rampup(
@@ -432,12 +435,12 @@ def one_hot(
             f"one row of {c} probabilities for each image")
     return (y[:, None] == torch.arange(c, device=y.device)).float()
 
-# %% ../nbs/03_core.ipynb #3a1c8c4e
+# %% ../nbs/03_core.ipynb #61f65eeb
 class SemiSupervised(PartsCallback, OnStep):
     "Base of all methods: unlabelled views in, named loss terms out; a subclass says which."
     order, run_valid = GradientAccumulation.order-1, False
-    _stateattrs = ('stream', 'unlabeled')   # these are not exported
-    stream = unlabeled = None
+    _stateattrs = ('stream', 'unlabeled', 'policy')   # these are not exported
+    stream = unlabeled = policy = None
     of_batch = ('total', 'targets', 'chunks')   # rows and graphs, dropped after training
     terms = ()   # names of the columns in fastai's table
     strong = None   # augmentation of all views but the first, before the loader's own
@@ -458,6 +461,7 @@ class SemiSupervised(PartsCallback, OnStep):
         self.unlabeled, self.K, self.ema, self.seed = unlabeled, K, ema, seed
         self.stream, self.n_step, self.n_batch, self.watch = None, 0, 0, Watchdog()
         self.rng, self.sums = np.random.RandomState(seed), None
+        self.generator = torch.Generator().manual_seed(seed)
 
 # %% ../nbs/03_core.ipynb #bee94bd4
 @patch
@@ -477,6 +481,12 @@ def loss_terms(self:SemiSupervised,
 )->dict: # Name: (scalar, weight)
     "What is lost."
     raise NotImplementedError(f"{type(self).__name__}: define loss_terms(logits)")
+
+# %% ../nbs/03_core.ipynb #b5cbf459
+@patch(as_prop=True)
+def n_views(self:SemiSupervised)->int: # Views that the stream draws
+    "Hook: `K` unless a subclass needs another number."
+    return self.K
 
 # %% ../nbs/03_core.ipynb #4c5b0a76
 @patch
@@ -518,7 +528,7 @@ def _mixed_stream(self:SemiSupervised, train):
                          "train_metrics=False")
     return MixedStream(train, self.K, self.seed)
 
-# %% ../nbs/03_core.ipynb #fdb47b1f
+# %% ../nbs/03_core.ipynb #9b3d61e2
 @patch
 def _view_stream(self:SemiSupervised, dl):
     if dl is None:
@@ -529,7 +539,7 @@ def _view_stream(self:SemiSupervised, dl):
     if not hasattr(dl, 'dataset') or not hasattr(dl, 'bs'):
         raise TypeError(f"unlabeled: got a {type(dl).__name__}, expected an `ImageDL` or a "
                         "fastai DataLoader")
-    return ViewStream(dl, self.K, self.seed, self.strong)
+    return ViewStream(dl, self.n_views, self.seed, self.strong)
 
 # %% ../nbs/03_core.ipynb #06056164
 @patch
@@ -674,6 +684,68 @@ def hidden_labels(self:SemiSupervised,
     y = getattr(self.stream.dl.dataset, 'y', None)
     return torch.full_like(idx, -1) if y is None else y[idx.to(y.device)].to(idx.device)
 
+# %% ../nbs/03_core.ipynb #f867ab3d
+def right_rate(
+    guess:torch.Tensor, # Guessed classes, (B,)
+    truth:torch.Tensor, # True ones, -1 where unknown, (B,)
+    mask:torch.Tensor=1., # 1 for the rows that count, (B,); all if not given
+)->torch.Tensor: # Scalar in [0,1]; nan if no class is known
+    "Share of the rows of known class that count and are guessed right: for the eye only."
+    known = truth >= 0
+    return (mask*known*(guess == truth)).sum()/known.sum()
+
+# %% ../nbs/03_core.ipynb #761b41ac
+def global_mean(
+    x:torch.Tensor, # Mean over the rows of this process
+)->torch.Tensor: # Mean over all processes of a distributed run; `x` itself in a single one
+    "Average `x` over the processes, all of which must call it."
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()): return x
+    dist.all_reduce(x := x.detach().clone())
+    return x/dist.get_world_size()
+
+# %% ../nbs/03_core.ipynb #398f8323
+@patch
+def on_pictures(self:SemiSupervised,
+    f, # From images in [0,1] to a tuple that begins with images in [0,1]
+    x:torch.Tensor, # Images as the loaders give them, (B,C,H,W)
+)->tuple: # What `f` gave, its images as the loaders would give them
+    "Apply `f` beneath the loaders' `Normalize`; `ValueError` if images leave [0,1]."
+    norms = [t for t in self.dls.train.after_batch.fs if isinstance(t, Normalize)]
+    stats = [(t.mean.to(x), t.std.to(x)) for t in norms]
+    for mean,std in reversed(stats): x = x*std + mean
+    self.watch(self.n_step, (x.amin() > -.01) & (x.amax() < 1.01), 'strong: the images '
+               'leave [0,1]; let the loaders scale them so, or end with Normalize', ValueError)
+    x, *more = f(x.as_subclass(torch.Tensor))
+    for mean,std in stats: x = (x - mean)/std
+    return x, *more
+
+# %% ../nbs/03_core.ipynb #08282a92
+@patch
+def strengthen(self:SemiSupervised,
+    x:torch.Tensor, # Weak views as the loaders give them, (B,C,H,W)
+)->torch.Tensor: # Strong ones, (B,C,H,W)
+    "What the policy makes of each image."
+    return self.on_pictures(lambda o: (self.policy(o, self.generator),), x)[0]
+
+# %% ../nbs/03_core.ipynb #b7705cc1
+@patch
+def probe(self:SemiSupervised,
+    x:torch.Tensor, # Labelled images as the loader gives them, (B,C,H,W)
+    y:torch.Tensor, # Their labels as rows of probabilities, (B,classes)
+):
+    "Let the averaged network judge what the policy does to labelled images."
+    if not hasattr(self.policy, 'probe'): return
+    ema = getattr(self.learn, 'ema_teacher', None)
+    if ema is None: raise ValueError(
+        "ema: this policy asks the averaged network; give `ema` a decay, e.g. ema=0.999")
+    if ema.teacher is None: return   # within `lr_find` there is none
+    ema.sync_buffers()
+    seen, used = self.on_pictures(lambda o: self.policy.probe(o, self.generator), x)
+    with torch.no_grad(), self.autocast():
+        p = self.check_logits(ema.teacher(seen)).softmax(1)
+    self.policy.update(used, proximity(p, y))
+
 # %% ../nbs/03_core.ipynb #e5b68091
 @patch
 def stepped(self:SemiSupervised):
@@ -722,15 +794,18 @@ def _put_back(self:SemiSupervised):
     self.load_state_dict(state)
     self.__dict__['_resumed'] = False   # the next epoch's columns start from zero
 
-# %% ../nbs/03_core.ipynb #a515c66c
+# %% ../nbs/03_core.ipynb #bc58cd84
 @patch
 def state_dict(self:SemiSupervised)->dict: # For `load_state_dict`
     "Everything that the method remembers, as tensors and numbers."
-    return dict(n_step=self.n_step, n_batch=self.n_batch, rng=rng_state(self.rng),
-                sums=self.sums,
-                stream=None if self.stream is None else self.stream.state_dict())
+    res = dict(n_step=self.n_step, n_batch=self.n_batch, rng=rng_state(self.rng),
+               sums=self.sums,
+               stream=None if self.stream is None else self.stream.state_dict())
+    if self.policy is None: return res
+    learnt = self.policy.state_dict() if hasattr(self.policy, 'state_dict') else None
+    return {**res, 'generator': self.generator.get_state(), 'policy': learnt}
 
-# %% ../nbs/03_core.ipynb #94515462
+# %% ../nbs/03_core.ipynb #60ade988
 @patch
 def load_state_dict(self:SemiSupervised,
     state:dict, # What `state_dict` returned
@@ -738,6 +813,8 @@ def load_state_dict(self:SemiSupervised,
     "Continue from `state`, before or after the stream was made."
     self.n_step, self.n_batch, self.sums = (state[k] for k in ('n_step', 'n_batch', 'sums'))
     set_rng_state(self.rng, state['rng'])
+    if 'generator' in state: self.generator.set_state(state['generator'].cpu())
+    if state.get('policy') is not None: self.policy.load_state_dict(state['policy'])
     self.__dict__['_resumed'] = self.sums is not None
     if state['stream'] is None: self.stream = None
     elif self.stream is None: self.__dict__['_stream_state'] = state['stream']

@@ -6,7 +6,7 @@
 __all__ = ['guess_labels', 'sharpen', 'mixup_lambda', 'mixup', 'loss_x', 'loss_u', 'unlabeled_weight', 'interleave',
            'MixMatchCallback', 'mixmatch_adam']
 
-# %% ../nbs/17_mixmatch.ipynb #a2972148
+# %% ../nbs/17_mixmatch.ipynb #7249c4be
 from functools import partial
 
 import numpy as np, torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_grad, step_stat
 from fastai.optimizer import weight_decay
-from .core import SemiSupervised, frozen_bn_stats, linear_rampup
+from .core import SemiSupervised, frozen_bn_stats, linear_rampup, right_rate
 
 # %% ../nbs/17_mixmatch.ipynb #16619f1d
 def guess_labels(
@@ -101,10 +101,10 @@ def interleave(
     for i in range(1, k): out[0][i], out[i][i] = out[i][i], out[0][i]
     return [torch.cat(o) for o in out]
 
-# %% ../nbs/17_mixmatch.ipynb #8bc8725e
+# %% ../nbs/17_mixmatch.ipynb #0b3b31af
 class MixMatchCallback(SemiSupervised):
     "MixMatch (Berthelot et al. 2019); without arguments, the paper's method for CIFAR-10."
-    terms = ('loss_x', 'loss_u', 'weight')
+    terms = ('loss_x', 'loss_u', 'weight', 'right_rate')
     def __init__(self,
         unlabeled=None, # Loader of unlabelled images; `dls.unlabeled` if not given
         K:int=2, # Views of each unlabelled image, $K\ge1$
@@ -150,27 +150,37 @@ def guess(self:MixMatchCallback,
         logits = [self.check_logits(net(v)) for v in views]
     return sharpen(guess_labels(torch.stack(logits)), self.T)
 
-# %% ../nbs/17_mixmatch.ipynb #bd3b254c
+# %% ../nbs/17_mixmatch.ipynb #084d563e
 @patch
 def make_batch(self:MixMatchCallback,
     x:torch.Tensor, # Labelled images, (B,C,H,W), in [0,1]
     y:torch.Tensor, # Their labels as rows of probabilities, (B,L)
     views:torch.Tensor, # Views of unlabelled images, (K,B,C,H,W), in [0,1]
-    idx:torch.Tensor, # Positions in the unlabelled data set, not needed here, (B,)
+    idx:torch.Tensor, # Positions in the unlabelled data set, for a diagnostic only, (B,)
 )->torch.Tensor: # Rows of the first forward
-    "Pool, mix, interleave; equations (8) to (11)."
+    "Guess, pool, mix, interleave; equations (6) to (11)."
     self._same_size(x, views)
     q = self.guess(views)
-    rows, targets = torch.cat([x, *views]), torch.cat([y, q.repeat(self.K, 1)])
+    self.note('right_rate', right_rate(q.argmax(1), self.hidden_labels(idx)))
+    rows = self.mix(torch.cat([x, *views]), torch.cat([y, q.repeat(self.K, 1)]))
+    if self.batchnorm == 'joint': return rows
+    self.chunks = list(rows.split(len(x)))
+    if self.batchnorm == 'interleave': self.chunks = interleave(self.chunks)
+    return self.chunks[0]
+
+# %% ../nbs/17_mixmatch.ipynb #bc257620
+@patch
+def mix(self:MixMatchCallback,
+    rows:torch.Tensor, # The pool, (n,C,H,W)
+    targets:torch.Tensor, # Labels and guesses, (n,L)
+)->torch.Tensor: # Mixed rows; the mixed targets are kept for the loss
+    "MixUp of the pool with itself in another order, each row with its own share."
     if self.alpha is not None:
         perm = torch.from_numpy(self.rng.permutation(len(rows))).to(rows.device)
         lam = mixup_lambda(self.rng, len(rows), self.alpha).to(rows.device)
         rows, targets = mixup(rows, rows[perm], lam), mixup(targets, targets[perm], lam)
     self.targets = targets
-    if self.batchnorm == 'joint': return rows
-    self.chunks = list(rows.split(len(x)))
-    if self.batchnorm == 'interleave': self.chunks = interleave(self.chunks)
-    return self.chunks[0]
+    return rows
 
 # %% ../nbs/17_mixmatch.ipynb #7debfe30
 @patch

@@ -6,14 +6,14 @@
 __all__ = ['kl_rows', 'uda_loss', 'tsa_threshold', 'annealed_cross_entropy', 'unit', 'still', 'vat_perturbation', 'UDACallback',
            'VATViews', 'select_in_domain']
 
-# %% ../nbs/16_uda.ipynb #6f6f792b
+# %% ../nbs/16_uda.ipynb #d486189e
 import math
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .core import EMATeacher, SemiSupervised, frozen_bn_stats, unwrap
+from .core import EMATeacher, SemiSupervised, frozen_bn_stats, right_rate, unwrap
 from .randaugment import RandAugment
 
 # %% ../nbs/16_uda.ipynb #94a4d7a3
@@ -175,7 +175,7 @@ def two_views(self:UDACallback,
     "Hook for other kinds of noise."
     return views
 
-# %% ../nbs/16_uda.ipynb #6d632590
+# %% ../nbs/16_uda.ipynb #d94dcd7d
 @patch
 def loss_terms(self:UDACallback,
     logits:torch.Tensor, # Of all rows, fp32
@@ -184,10 +184,10 @@ def loss_terms(self:UDACallback,
     x, (weak, strong) = logits[:self.n_x], logits[self.n_x:].chunk(2)
     eta = 1. if self.tsa is None else tsa_threshold(self.pct_train, self.tsa, self.c)
     loss_u, mask = uda_loss(weak, strong, self.T, self.threshold)
-    right = mask*(weak.argmax(1) == self.hidden_labels(self.idx))
     kept = ((x.detach().softmax(1)*self.targets).sum(1) <= eta).float()
-    for k,v in dict(mask_rate=mask, right_rate=right, tsa_rate=kept).items():
-        self.note(k, v.mean())
+    right = right_rate(weak.argmax(1), self.hidden_labels(self.idx), mask)
+    for k,v in dict(mask_rate=mask.mean(), right_rate=right, tsa_rate=kept.mean()).items():
+        self.note(k, v)
     return dict(loss_x=(annealed_cross_entropy(x, self.targets, eta), 1.),
                 loss_u=(loss_u, self.lambda_u))
 
