@@ -164,7 +164,9 @@ def test_search_finds_the_callback(site, visit):
     first.click()
     page.wait_for_url("**/mixmatch.html*")
     assert page.locator("dt[id='ssl_notes.mixmatch.MixMatchCallback']").is_visible()
-    assert not v.complaints and not v.foreign, v.complaints + v.foreign
+    # Sphinx's search looks for `#a.b` and finds no summary for a name with dots; it says so if it gets that far in time.
+    complaints = [o for o in v.complaints if "Anchored content block not found" not in o]
+    assert not complaints and not v.foreign, complaints + v.foreign
 
 def test_dark_mode_is_a_button_and_readable(site, visit):
     v = visit()
