@@ -57,6 +57,18 @@ def differences(a, b, at='', skip=()):
         return [] if alike else [f'{at}: tensors differ']
     return [] if a == b or (a != a and b != b) else [f'{at}: {a!r}, {b!r}']   # nan is like nan
 
+def seeded(s=0): return torch.Generator().manual_seed(s)
+
+def images(b=6, c=3, h=12, w=10, seed=0, kind='noise'):
+    "Bytes (b,c,h,w) that are easy to get wrong: few values, two, one."
+    x = torch.randint(256, (b, c, h, w), dtype=torch.uint8, generator=seeded(seed))
+    if kind == 'narrow': x = x//5 + 70
+    if kind == 'few': x = x//64 * 50
+    if kind == 'two': x = (x > 200).byte() * 255
+    if kind == 'flat': x = x[..., :1, :1].expand(-1, -1, h, w).clone()
+    if kind == 'ramp': x = (torch.arange(h*w).view(h, w) % 256 + 0*x.int()).byte()
+    return x
+
 class Items:
     "Float images with labels: what a fastai loader of a user's own may give."
     def __init__(self, n=40, c=10, shape=(1, 8, 8), dtype=torch.float32, seed=0):

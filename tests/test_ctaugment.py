@@ -10,22 +10,13 @@ from ssl_notes.ctaugment import (CTA_OPS, PUBLISHED, VALUES, CTAOp, CTAugment, b
                                  pick, proximity, rescale, segment_chances, smooth, towards, update_rates)
 from ssl_notes.randaugment import invert
 
-torch.set_num_threads(1)
-seeded = lambda s=0: torch.Generator().manual_seed(s)
+from helpers import images, seeded   # one thread, too
+
 quick = settings(deadline=None, max_examples=25)
 sizes = dict(c=st.sampled_from([1, 3]), h=st.integers(1, 40), w=st.integers(1, 40), seed=st.integers(0, 9999),
              kind=st.sampled_from(['noise', 'narrow', 'few', 'two', 'flat', 'ramp']))
 levels = st.floats(0, 1)
 WAYS = [getattr(Image.Resampling, o) for o in ('LANCZOS', 'BICUBIC', 'BILINEAR', 'BOX', 'HAMMING', 'NEAREST')]
-
-def images(b=6, c=3, h=12, w=10, seed=0, kind='noise'):
-    x = torch.randint(256, (b, c, h, w), dtype=torch.uint8, generator=seeded(seed))
-    if kind == 'narrow': x = x//5 + 70
-    if kind == 'few': x = x//64 * 50
-    if kind == 'two': x = (x > 200).byte() * 255
-    if kind == 'flat': x = x[..., :1, :1].expand(-1, -1, h, w).clone()
-    if kind == 'ramp': x = (torch.arange(h*w).view(h, w) % 256 + 0*x.int()).byte()
-    return x
 
 
 # -- Pillow, as the published code calls it ---------------------------------------------------------
