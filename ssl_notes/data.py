@@ -585,6 +585,15 @@ def one_batch(self:ImageDL):
     try: return next(iter(self))
     finally: self.load_state_dict(state)
 
+# %% ../nbs/00_data.ipynb #918f3a2d
+@patch
+def draw(self:ImageDL,
+    idx:Tensor, # Positions in the data set, int64 `(n,)`
+    generator:torch.Generator|None=None, # Source of the views; this loader's if not given
+)->Tensor: # Float images in [0,1], `(n,C,H,W)`
+    "A view of each image at `idx`."
+    return self.augment_batch(self._take(idx)[0], generator)
+
 # %% ../nbs/00_data.ipynb #64d343df
 def label_split(
     data:Splits, # A data set

@@ -10,10 +10,11 @@ from torch import nn
 from ssl_notes.augment import Compose, RandomCrop, RandomFlip
 from ssl_notes.core import frozen_bn_stats
 from ssl_notes.data import get_digits
-from ssl_notes.models import (CONV13, GCN, STYLES, ZCA, InputNoise, NormalizeInput, PerImageNorm, PreActBlock, SameConv2d,
-                              WeightNorm, WeightNormConv2d, WeightNormLinear, WRNStyle, conv13, data_init, get_style,
-                              global_contrast_normalize, init_weights, mean_cov, mean_only_bn, n_params,
-                              per_image_normalize, same_padding, small_cnn, wide_resnet, wn_weight, zca_matrix)
+from ssl_notes.models import (CONV13, ENVNET, ENVNET_V2, GCN, STYLES, ZCA, CheckWaves, InputNoise, NormalizeInput,
+                              PerImageNorm, PreActBlock, SameConv2d, WeightNorm, WeightNormConv2d, WeightNormLinear,
+                              WRNStyle, conv10, conv11, conv13, data_init, draw_weights, envnet, envnet_least, envnet_map,
+                              envnet_v2, get_style, global_contrast_normalize, init_weights, mean_cov, mean_only_bn,
+                              n_params, per_image_normalize, same_padding, small_cnn, wide_resnet, wn_weight, zca_matrix)
 
 torch.set_num_threads(1)
 seeded = lambda s=0: torch.Generator().manual_seed(s)
@@ -615,5 +616,250 @@ def test_zca_as_step_of_an_augmentation_and_as_norm():
     (lambda: ZCA(torch.zeros(1, 3, 3), torch.eye(8)), ValueError, ['(8, 8)']),
 ])
 def test_bad_input_of_conv13_and_input_treatments(f, error, words):
+    with pytest.raises(error) as e: f()
+    assert all(w in str(e.value) for w in words), e.value
+
+
+# -- the networks of BC-learning ----------------------------------------------------------------
+# name: (how to build a tiny one, the shape of a picture or clip that it takes)
+BC_NETS = dict(conv11=(lambda **kw: conv11(**{**dict(size=16, width=.1, fc=16, generator=seeded()), **kw}), (3, 16, 16)),
+               conv10=(lambda **kw: conv10(**{**dict(width=.1, generator=seeded()), **kw}), (3, 16, 16)),
+               envnet=(lambda **kw: envnet(**{**dict(T=6000, width=.25, fc=16, generator=seeded()), **kw}), (1, 1, 6000)),
+               envnet_v2=(lambda **kw: envnet_v2(**{**dict(T=23642, width=.3, fc=16, generator=seeded()), **kw}),
+                          (1, 1, 23642)))
+each_bc = pytest.mark.parametrize('make, shape', BC_NETS.values(), ids=BC_NETS)
+signals = lambda shape, n=4, seed=1: torch.rand(n, *shape, generator=seeded(seed))*2 - 1
+convs_of = lambda model: [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+dense_of = lambda model: [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+def without_dropout(model):
+    for m in model.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+    return model
+
+def test_bc_published_counts():
+    assert [n_params(conv11(k)) for k in (10, 100)] == [7_582_154, 7_674_404]
+    assert n_params(conv10()) == 1_925_258
+    with torch.device('meta'):
+        assert [n_params(envnet(k)) for k in (50, 10)] == [48_560_638, 48_396_758]
+        assert [n_params(envnet_v2(k)) for k in (50, 10)] == [101_251_186, 101_087_306]
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(.001, .4), st.integers(1, 30), st.integers(1, 4), st.integers(1, 3), st.integers(1, 40))
+def test_bc_picture_networks_of_any_width(width, classes, channels, eighths, fc):
+    "Counts added up by hand, and a forward pass, at any width, number of classes, channels and size"
+    a, b, c = (max(1, round(f*width)) for f in (64, 128, 256))
+    size, x = 8*eighths, signals((channels, 8*eighths, 8*eighths), 2)
+    conv = lambda i, o, bias: 9*i*o + bias*o + 2*o
+    m11 = conv11(classes, channels, size, width, fc)
+    total = conv(channels, a, 0) + conv(a, a, 0) + conv(a, b, 0) + conv(b, b, 0) + conv(b, c, 0) + 3*conv(c, c, 0)
+    total += (c*eighths**2 + 1)*fc + (fc + 1)*fc + (fc + 1)*classes
+    assert n_params(m11) == total and m11(x).shape == (2, classes)
+    m10 = conv10(classes, channels, width)
+    total = sum(conv(i, o, 1) + 2*conv(o, o, 1) for i,o in ((channels, a), (a, b), (b, c)))
+    assert n_params(m10) == total + (c + 1)*classes and m10(x).shape == (2, classes)
+
+@settings(deadline=None, max_examples=15)
+@given(st.sampled_from([ENVNET, ENVNET_V2]), st.integers(0, 50_000), st.floats(.3, 2), st.integers(1, 30))
+def test_envnet_map_is_what_the_layers_make(spec, more, width, classes):
+    T = envnet_least(spec)[1] + more
+    with torch.device('meta'):
+        model = (envnet if spec is ENVNET else envnet_v2)(classes, T, width, 8)
+        x = torch.empty(2, 1, 1, T)
+        i = [n for n,_ in model.body.named_children()].index('flat')
+        assert model.body[:i](x).shape[1:] == envnet_map(spec, T, width)
+        assert model(x).shape == (2, classes)
+
+@pytest.mark.parametrize('make, spec', [(envnet, ENVNET), (envnet_v2, ENVNET_V2)])
+def test_envnet_least_is_the_least(make, spec):
+    rows, T = envnet_least(spec)
+    kw = dict(width=rows/spec['conv2'][0], fc=4)
+    with torch.device('meta'):
+        model = make(T=T, **kw)
+        i = [n for n,_ in model.body.named_children()].index('flat')
+        assert model.body[:i](torch.empty(1, 1, 1, T)).shape[2:] == (1, 1)
+    for bad in (dict(kw, T=T-1), dict(kw, T=T, width=(rows - 1)/spec['conv2'][0])):
+        with pytest.raises(ValueError): make(**bad)
+
+@pytest.mark.parametrize('f, shape, layers, eps, momentum, names', [
+    (lambda: conv11(), (3, 32, 32), 11, 1e-5, .1,
+     'block1 pool1 block2 pool2 block3 pool3 flat fc4 fc5'),
+    (lambda: conv10(), (3, 32, 32), 10, 1e-3, .01, 'block1 pool1 block2 pool2 block3 pool flat'),
+    (lambda: envnet(), (1, 1, 24014), 7, 2e-5, .1, 'conv1 conv2 pool2 swap conv3 pool3 conv4 pool4 flat fc5 fc6'),
+    (lambda: envnet_v2(), (1, 1, 66650), 13, 2e-5, .1, 'conv1 conv2 pool2 swap conv3 conv4 pool4 conv5 conv6 pool6 '
+     'conv7 conv8 pool8 conv9 conv10 pool10 flat fc11 fc12')])
+def test_bc_names_and_constants(f, shape, layers, eps, momentum, names):
+    "Other pages reach stages by these names"
+    with torch.device('meta' if shape[1] == 1 else 'cpu'): model = f()
+    assert [n for n,_ in model.named_children()] == ['norm', 'body', 'head']
+    assert [n for n,_ in model.body.named_children()] == names.split()
+    assert len(convs_of(model)) + len(dense_of(model)) == layers
+    bns = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in bns} == {(eps, momentum)} and len(bns) == len(convs_of(model))
+    assert {m.bias is None for m in convs_of(model)} == {layers != 10}
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == ([] if layers == 10 else [.5, .5])
+    if layers in (10, 11): assert {m.padding for m in convs_of(model)} == {(1, 1)}
+    else: assert {m.padding for m in convs_of(model)} == {(0, 0)}
+    pools = {type(m) for n,m in model.body.named_children() if n.startswith('pool')}
+    assert pools == ({nn.AvgPool2d, nn.AdaptiveAvgPool2d} if layers == 10 else {nn.MaxPool2d})
+
+@each_bc
+def test_bc_initial_distributions(make, shape):
+    name = next(n for n,(m, _) in BC_NETS.items() if m is make)
+    model = make(width=1., **({} if name == 'conv10' else dict(fc=256)))
+    for m in convs_of(model) + dense_of(model):
+        w, area = m.weight, m.weight[0, 0].numel()
+        i, o = w.shape[1]*area, w.shape[0]*area
+        law = {'conv10': 'glorot'}.get(name, 'he' if area > 1 or isinstance(m, nn.Conv2d) else
+                                       'fan_in' if name == 'conv11' else 'lecun')
+        std = dict(he=math.sqrt(2/i), lecun=math.sqrt(1/i), fan_in=math.sqrt(1/3/i), glorot=math.sqrt(2/(i + o)))[law]
+        if w.numel() > 10_000: assert abs(w.std()/std - 1) < .03 and abs(w.mean()) < .03*std
+        if w.numel() > 10_000: assert (w.abs().max() <= math.sqrt(3)*std*1.0001) == (law in ('fan_in', 'glorot'))
+        assert m.bias is None or not m.bias.any()
+
+@each_bc
+def test_bc_gradients_reach_every_parameter(make, shape):
+    model = without_dropout(make())
+    model(signals(shape, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    # a bias right before a BatchNorm has a gradient of zero up to rounding
+    assert all(p.grad.any() for n,p in model.named_parameters() if n.endswith('weight'))
+
+@each_bc
+def test_bc_seeds(make, shape):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b, c = make(), make(), make(generator=seeded(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    sa, sb, sc = (m.state_dict() for m in (a, b, c))
+    assert all(torch.equal(sa[k], sb[k]) for k in sa)
+    assert not any(torch.equal(sa[n], sc[n]) for n,p in a.named_parameters() if p.ndim > 1)
+    torch.manual_seed(3); d = make(generator=None)
+    torch.manual_seed(3); e = make(generator=None)
+    assert torch.equal(d.head.weight, e.head.weight) and not torch.equal(d.head.weight, a.head.weight)
+
+@each_bc
+def test_bc_evaluation_is_deterministic_and_dropout_follows_torchs_generator(make, shape):
+    model, x, out = make(), signals(shape), []
+    for s in (0, 0, 1):
+        torch.manual_seed(s)
+        out.append(model(x))
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[0], out[2]) == (not any(isinstance(m, nn.Dropout) for m in model.modules()))
+    model.eval()
+    before = torch.get_rng_state()
+    y = model(x)
+    assert torch.equal(model(x), y) and torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(model(x[:1]), y[:1], rtol=1e-4, atol=1e-5) # rows do not see each other
+
+@each_bc
+def test_bc_memory_format_bf16_and_compile(make, shape):
+    model, x = make(), signals(shape)
+    for _ in range(3): model(x) # running statistics other than 0 and 1
+    model.eval()
+    want = model(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16): y = model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), want, rtol=.1, atol=.1)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half(x.to(torch.bfloat16)).dtype == torch.bfloat16
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), want)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-5)
+
+@each_bc
+def test_bc_stages_are_reached_by_name(make, shape):
+    "Every stage has one output that a hook may replace, and that no later layer writes into"
+    model, x, mixed = without_dropout(make()), signals(shape), torch.tensor([3, 2, 1, 0])
+    stages = ['norm'] + [f'body.{n}' for n,_ in model.body.named_children()]
+    for name in stages:
+        seen = []
+        def swap(m, args, y):
+            seen.append((y, y.clone()))
+            return y.flip(0)
+        hook = model.get_submodule(name).register_forward_hook(swap)
+        y = model(x)
+        hook.remove()
+        torch.testing.assert_close(y, model(x)[mixed], rtol=1e-3, atol=1e-4)
+        assert len(seen) == 1 and torch.equal(*seen[0])
+
+@each_bc
+def test_bc_copies_and_files(make, shape, tmp_path):
+    m, x, f = make(), signals(shape), tmp_path/'m.pth'
+    m(x)
+    want = m.eval()(x)
+    assert torch.equal(copy.deepcopy(m)(x), want) and torch.equal(pickle.loads(pickle.dumps(m))(x), want)
+    torch.save(m.state_dict(), f)
+    other = make(generator=seeded(9)).eval()
+    other.load_state_dict(torch.load(f, weights_only=True))
+    torch.testing.assert_close(other(x), want)
+
+def test_conv11_layer_by_layer():
+    "The table of the paper, written down with torch's functions"
+    m, x = without_dropout(BC_NETS['conv11'][0]()), signals((3, 16, 16))
+    h, b = x, m.body
+    for block in (b.block1, b.block2, b.block3):
+        for o in block: h = F.relu(F.batch_norm(F.conv2d(h, o.conv.weight, padding=1), None, None, training=True, eps=1e-5))
+        h = F.max_pool2d(h, 2)
+    h = h.flatten(1)
+    for o in (b.fc4.fc, b.fc5.fc): h = F.relu(h @ o.weight.T)
+    torch.testing.assert_close(m(x), h @ m.head.weight.T, rtol=1e-4, atol=1e-5)
+
+def test_envnet_layer_by_layer():
+    m, x = without_dropout(BC_NETS['envnet'][0]()), signals((1, 1, 6000))
+    b, h = m.body, x
+    layer = lambda h, o: F.relu(F.batch_norm(F.conv2d(h, o.conv.weight), None, None, training=True, eps=2e-5))
+    h = F.max_pool2d(layer(layer(h, b.conv1), b.conv2), (1, 160))
+    h = torch.stack([h[:, c, 0] for c in range(10)], 1)[:, None] # channel c is row c
+    h = F.max_pool2d(layer(F.max_pool2d(layer(h, b.conv3), 3), b.conv4), (1, 3)).flatten(1)
+    for o in (b.fc5.fc, b.fc6.fc): h = F.relu(h @ o.weight.T)
+    torch.testing.assert_close(m(x), h @ m.head.weight.T, rtol=1e-4, atol=1e-5)
+
+def test_bc_pictures_come_as_given_or_normalised():
+    x = signals((3, 16, 16))
+    for make in (BC_NETS['conv11'][0], BC_NETS['conv10'][0]):
+        assert torch.equal(make().norm(x), x)
+        torch.testing.assert_close(make(normalize=([.1, .2, .3], 2.)).eval()(x),
+                                   make().eval()((x - torch.tensor([.1, .2, .3]).view(3, 1, 1))/2), rtol=1e-4, atol=1e-5)
+        assert isinstance(make(normalize=PerImageNorm()).norm, PerImageNorm)
+
+def test_draw_weights_resets_everything():
+    model = conv11(size=8, width=.1, fc=8, generator=seeded())
+    want = copy.deepcopy(model.state_dict())
+    model(signals((3, 8, 8)))
+    for p in model.parameters(): p.data.add_(1)
+    assert draw_weights(model, 'he', 'fan_in', seeded()) is model
+    assert all(torch.equal(v, want[k]) for k,v in model.state_dict().items())
+
+@pytest.mark.parametrize('f, error, words', [
+    (lambda: conv11(size=28), ValueError, ['size=28', 'multiple of 8']),
+    (lambda: conv11(size=0), ValueError, ['size=0']),
+    (lambda: conv11(width=0), ValueError, ['width=0']),
+    (lambda: conv10(width=math.nan), ValueError, ['width=nan']),
+    (lambda: conv10(width=math.inf), ValueError, ['width=inf']),
+    (lambda: conv10(0), ValueError, ['n_classes=0']),
+    (lambda: conv11(fc=1.5), ValueError, ['fc=1.5']),
+    (lambda: conv11(in_channels=0), ValueError, ['in_channels=0']),
+    (lambda: BC_NETS['conv11'][0]()(signals((3, 32, 32))), ValueError, ['32x32', '16x16', 'another size']),
+    (lambda: BC_NETS['conv11'][0]()(signals((3, 16, 24))), ValueError, ['16x24', '16x16']),
+    (lambda: BC_NETS['conv10'][0]()(signals((3, 3, 9))), ValueError, ['3x9', '4x4 and larger']),
+    (lambda: BC_NETS['conv10'][0]()(signals((1, 8, 8))), ValueError, ['1 channel', 'in_channels=3']),
+    (lambda: BC_NETS['conv10'][0]()(torch.zeros(2, 3, 8, 8).byte()), TypeError, ['uint8']),
+    (lambda: envnet(T=100), ValueError, ['T=100', '5294']),
+    (lambda: envnet(T=0), ValueError, ['T=0']),
+    (lambda: envnet(n_classes=-1), ValueError, ['n_classes=-1']),
+    (lambda: envnet(width=.1), ValueError, ['width=0.1', '4 rows', '10 are needed', '0.25']),
+    (lambda: envnet_v2(width=.2), ValueError, ['width=0.2', '19 are needed', '0.297']),
+    (lambda: envnet_v2(width=-1), ValueError, ['width=-1']),
+    (lambda: CheckWaves(10)(torch.rand(2, 2, 1, 10)), ValueError, ['mono', '2 channels', '(B,1,1,10)']),
+    (lambda: CheckWaves(10)(torch.rand(2, 1, 1, 9)), ValueError, ['9 samples', 'T=10', 'T=9']),
+    (lambda: CheckWaves(10)(torch.rand(2, 10)), ValueError, ['(2, 10)', '(B,1,1,10)', 'view']),
+    (lambda: CheckWaves(10)(torch.rand(2, 1, 10)), ValueError, ['(2, 1, 10)']),
+    (lambda: CheckWaves(10)(torch.rand(2, 1, 2, 10)), ValueError, ['(2, 1, 2, 10)']),
+    (lambda: CheckWaves(10)(torch.zeros(2, 1, 1, 10, dtype=torch.int16)), TypeError, ['int16', '32768']),
+    (lambda: draw_weights(conv10(width=.1), 'kaiming', 'he'), ValueError, ["'kaiming'", 'lecun']),
+])
+def test_bad_input_of_the_networks_of_bc_learning(f, error, words):
     with pytest.raises(error) as e: f()
     assert all(w in str(e.value) for w in words), e.value
