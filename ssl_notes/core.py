@@ -1177,7 +1177,7 @@ def after_batch(self:Checkpoint):
         self.due = False
         self.save(self.epoch, self.learn.iter + 1)
 
-# %% ../nbs/03_core.ipynb #4ea771d2
+# %% ../nbs/03_core.ipynb #7f590dba
 @patch
 def before_fit(self:Checkpoint):
     "Note that training has not started yet."
@@ -1186,6 +1186,8 @@ def before_fit(self:Checkpoint):
 @patch
 def start(self:Checkpoint):
     "Read the newest checkpoint, if any, and put weights, optimiser and callbacks back."
+    # fastai finds this out by a look at an image, which may draw random numbers: not later.
+    getattr(self.learn.dls, 'n_inp', None)
     self.state, self.n_updates = None, 0
     self.due = self.fresh = self.ended = False
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -1262,7 +1264,7 @@ def restore_recorder(self:Checkpoint):
     r.smooth_loss.count, r.smooth_loss.val = old['smooth'][0], old['smooth'][1].cpu()
     for m,counts in zip(r._train_mets[1:], old['metrics']): vars(m).update(counts)
 
-# %% ../nbs/03_core.ipynb #34b83a8b
+# %% ../nbs/03_core.ipynb #d8f059dd
 class _Rest:
     "The batches of an epoch that a checkpoint has not seen yet."
     def __init__(self, dl, state): self.dl, self.s = dl, state
@@ -1275,7 +1277,7 @@ class _Rest:
     def __iter__(self):
         skip = self.s['batch']
         self._rewind()
-        batches = iter(self.dl) if skip < len(self.dl) else iter(())
+        batches = iter(self.dl)
         if self.s['loader'] is None:
             for _ in range(skip): next(batches, None)
         set_global_rng_state(self.s['rng'])

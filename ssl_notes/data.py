@@ -461,7 +461,7 @@ def __iter__(self:ImageDL):
     for b in bs: yield self.after_batch(b)
     self.after_iter()
 
-# %% ../nbs/00_data.ipynb #338ae0ac
+# %% ../nbs/00_data.ipynb #56196266
 @patch
 def new(self:ImageDL,
     dataset=None, # Other images: whatever `to_image_set` takes; None keeps these
@@ -473,7 +473,7 @@ def new(self:ImageDL,
     data = like if dataset is None else to_image_set(dataset, like)
     own = {o:getattr(self, o) for o in ('seed','repeat','steps','index','augment')}
     if self.steps and kwargs.get('shuffle') is False:
-        own.update(steps=None, index=False, augment=None)
+        own.update(steps=None, index=False, augment=getattr(self.augment, 'plain', None))
     return DataLoader.new(self, data, cls, do_setup=False, **{**own, **kwargs})
 
 # %% ../nbs/00_data.ipynb #21d6b6d9
