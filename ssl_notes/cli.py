@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'METHODS', 'LABELED', 'MANY', 'OPTIMIZERS', 'schedule', 'method_settings', 'build_model', 'report', 'Curve',
            'make_learner', 'run_one', 'train', 'table', 'demo', 'plot_demo', 'label_sheet', 'main']
 
-# %% ../nbs/32_cli.ipynb #3a2bbbbe
+# %% ../nbs/32_cli.ipynb #6e2fdc79
 import sys, time
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,8 @@ from fastai.callback.mixup import MixUp
 from fastai.learner import Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+
+# %% ../nbs/32_cli.ipynb #01f2f6e0
 from .augment import weak_augment
 from .bc_learning import BCLearningCallback, BCNorm
 from .core import Checkpoint, EMATeacher, write_result
@@ -269,7 +271,7 @@ def _load(data, root, size):
         raise ValueError(f"data: {data} has no folder test/CLASS/ to evaluate on")
     return splits
 
-# %% ../nbs/32_cli.ipynb #d2295d34
+# %% ../nbs/32_cli.ipynb #09aa4b6e
 def train(
     method:str, # supervised, mixmatch, uda, ...; `ssl_notes --help` lists them all
     data:str='digits', # digits, cifar10, cifar100, svhn, stl10, or a folder of images
@@ -292,12 +294,11 @@ def train(
     kind, preset = _preset(data)
     steps, own = _plan(method, preset, labels, steps, evals, bs, ubs, seed, width)
     splits = _load(data, root, size if kind == 'folder' else None)
-    name = f"{kind}-{method}-{own['labels'] or 'all'}-{seed}"
-    out = _run_folder(out or f'runs/{name}', resume)
+    out = _run_folder(out or _run_name(kind, method, own), resume)
     rec, _ = run_one(method, splits, steps, evals, lr, out/'checkpoints', every, opt, **own)
     print(f"{table([rec])}\nresult file: {write_result(out/'result.json', rec)}")
 
-# %% ../nbs/32_cli.ipynb #ce88dd0b
+# %% ../nbs/32_cli.ipynb #db920e10
 def _preset(data):
     kind = data if data in PRESETS else 'folder'
     return kind, PRESETS[kind]
@@ -308,6 +309,9 @@ def _plan(method, preset, labels, steps, evals, bs, ubs, seed, width):
     labels = _or(labels, preset['labels']) or None   # all
     return steps, dict(method_settings(method, preset, steps, evals, labels), bs=bs,
                        ubs=ubs, labels=labels, seed=seed, width=width)
+
+def _run_name(kind, method, own):
+    return f"runs/{kind}-{method}-{own['labels'] or 'all'}-{own['seed']}"
 
 def _run_folder(out, resume):
     out = Path(out)
