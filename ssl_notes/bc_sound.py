@@ -36,10 +36,10 @@ from .models import envnet
 # %% ../nbs/15_bc_sound.ipynb #3332e582
 RATES = {16_000: 2048, 44_100: 4096}     # sampling rate in Hz: samples per window
 
-# %% ../nbs/15_bc_sound.ipynb #d01a22bc
+# %% ../nbs/15_bc_sound.ipynb #06f2533c
 def _n_fft(rate):
     "Samples per window at `rate`, or an error that names the rates."
-    if rate not in RATES: raise ValueError(f"rate: got {rate}, the gain is defined "
+    if rate not in RATES: raise ValueError(f"rate: got {rate}, levels are defined "
         f"for {', '.join(map(str, RATES))} Hz: resample the clips to one of these")
     return RATES[rate]
 
@@ -63,6 +63,12 @@ def _wave(x):
         raise TypeError(f"x: got {x.dtype}, expected floats in [-1,1]: x.float()/32768")
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../nbs/15_bc_sound.ipynb #3dc09ed6
+@lru_cache
+def _power(rate, dtype, device):
+    # Kept, for it is asked for in every step; not handed out, where it could be changed.
+    return (10**(a_weighting(rate)/10)).to(device, dtype)
+
 # %% ../nbs/15_bc_sound.ipynb #4cf560d4
 def gain(
     x:Tensor, # Waveforms in [-1,1], (...,T)
@@ -76,13 +82,13 @@ def gain(
     level = (power*_power(rate, x.dtype, x.device)).sum(-1)
     return 10*level.clamp_min(1e-8).log10().amax(-1)
 
-# %% ../nbs/15_bc_sound.ipynb #1ee8cb00
+# %% ../nbs/15_bc_sound.ipynb #6f988640
 def sound_ratio(
-    g1:Tensor, # Gains of the first sounds in dB, (B,)
-    g2:Tensor, # Gains of the second sounds in dB, (B,)
+    g1:Tensor, # Levels of the first sounds in dB, (B,)
+    g2:Tensor, # Levels of the second sounds in dB, (B,)
     r:Tensor|float, # Share of the first in the label, in [0,1], (B,)
 )->Tensor: # $p$ in [0,1], (B,)
-    "Share of the first *waveform*, equation (3), written so that $r=0$ is no special case."
+    "Share of the first *waveform*, equation (3); `ValueError` for shares outside [0,1]."
     g1, g2 = torch.as_tensor(g1), torch.as_tensor(g2)
     if not isinstance(r, Tensor): r = torch.tensor(r, dtype=torch.float64)
     # Looked at on the CPU only: elsewhere that would wait for the device.
@@ -165,7 +171,7 @@ def _uniform01(like, g):
     u = torch.rand(len(like), generator=g, dtype=torch.float64, device=g.device)
     return u.to(like.device)
 
-# %% ../nbs/15_bc_sound.ipynb #33e08a42
+# %% ../nbs/15_bc_sound.ipynb #65c61160
 class SoundSet(ImageSet):
     "`N` clips as one int16 tensor, with length, label and perhaps fold of each."
     def __init__(self,
@@ -255,13 +261,13 @@ def subset(self:SoundSet,
     def pick(o): return o[idx if isinstance(idx, slice) else idx.to(o.device)]
     return self._part(pick)
 
-# %% ../nbs/15_bc_sound.ipynb #b3d53081
+# %% ../nbs/15_bc_sound.ipynb #05bad691
 @patch
 def new_empty(self:SoundSet)->SoundSet:
     "The same kind of set without clips: what `Learner.export` keeps."
     return self._part(lambda o: o[:0].clone())
 
-# %% ../nbs/15_bc_sound.ipynb #0d82232d
+# %% ../nbs/15_bc_sound.ipynb #cd854411
 @patch
 def to(self:SoundSet,
     device, # Where the clips and all about them shall lie
@@ -306,7 +312,7 @@ def show_batch(x:TensorSound, y, samples, ctxs=None, max_n=9, nrows=None, ncols=
     if ctxs is None: ctxs = get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize)
     return get_show_batch_func(object)(x, y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
 
-# %% ../nbs/15_bc_sound.ipynb #fec9e28a
+# %% ../nbs/15_bc_sound.ipynb #621b6bd8
 @patch
 def decode(self:SoundSet,
     o:tuple, # `(waveform, label)` or `(waveform,)`
@@ -357,7 +363,7 @@ def _tone(kind, rate, rng):
     x += lfilter([1.], [1., -.6], rng.randn(len(x)))*10**-rng.uniform(.3, 1.2)
     return (x/np.abs(x).max()*10**-rng.uniform(.1, 1.1)*32767).round().astype(np.int16)
 
-# %% ../nbs/15_bc_sound.ipynb #8054244d
+# %% ../nbs/15_bc_sound.ipynb #44a6883c
 def get_tones(
     n_per_class:int=30, # Training clips of each of the ten classes
     rate:int=16_000, # Samples per second
@@ -375,7 +381,7 @@ def get_tones(
 # %% ../nbs/15_bc_sound.ipynb #4b743fc4
 CROP = {16_000: 24_014, 44_100: 66_650}     # sampling rate in Hz: samples of a crop, $T$
 
-# %% ../nbs/15_bc_sound.ipynb #cf8a8f08
+# %% ../nbs/15_bc_sound.ipynb #d3482777
 class SoundDL(ImageDL):
     "Batches of a `SoundSet` as `(B,1,1,T)` random or `(B,10,1,T)` fixed crops in [-1,1]."
     def __init__(self,
@@ -387,7 +393,7 @@ class SoundDL(ImageDL):
         T:int|None=None, # Samples of a crop; about 1.5 s where it is None
         crops:int|None=None, # Equally spaced crops of each clip; None for a random one
         stretch:float=1., # Time stretch by $[1/s,s]$; 1 for none, 1.25 in the paper
-        gain:float=0., # Gain by $\pm$ so many dB; 0 for none, 6 in the paper
+        gain:float=0., # Random gain by $\pm$ so many dB; 0 for none, 6 in the paper
         **kwargs, # Of `ImageDL`: index, repeat, drop_last, device
     ):
         data = to_sound_set(dataset)
@@ -448,7 +454,7 @@ def _batch(self:SoundDL, idx):
 def augment_batch(self:SoundDL, x, generator=None):
     raise TypeError("crops need the clips' lengths: use draw(idx, generator)")
 
-# %% ../nbs/15_bc_sound.ipynb #966056b5
+# %% ../nbs/15_bc_sound.ipynb #1d9b6cf9
 @patch
 def new(self:SoundDL,
     dataset=None, # Other sounds: whatever `to_sound_set` takes; None keeps these
@@ -463,7 +469,7 @@ def new(self:SoundDL,
         own.update(steps=None, index=False, crops=10)
     return DataLoader.new(self, data, cls, do_setup=False, **{**own, **kwargs})
 
-# %% ../nbs/15_bc_sound.ipynb #8ef1c408
+# %% ../nbs/15_bc_sound.ipynb #6c44bd6e
 def to_sound_set(
     items, # A `SoundSet`, file names, or clips; one of them or a list
     like:SoundSet|None=None, # Whose rate and classes to take
@@ -480,7 +486,7 @@ def to_sound_set(
              for o in (items if many else [items])]
     return SoundSet(clips, None, rate, vocab)
 
-# %% ../nbs/15_bc_sound.ipynb #4ad63a5a
+# %% ../nbs/15_bc_sound.ipynb #17c7c3e3
 def read_sound(
     file, # A wav file, or whatever `soundfile` reads: ogg, flac, ...
     rate:int=16_000, # Samples per second that are wanted
@@ -496,7 +502,7 @@ def read_sound(
         x = resample_poly(x, rate//d, own//d)
     return trim((x*32768).round().clip(-32768, 32767).astype(np.int16))
 
-# %% ../nbs/15_bc_sound.ipynb #edb545dc
+# %% ../nbs/15_bc_sound.ipynb #59ebe5e1
 def trim(
     x:np.ndarray, # A clip, (L,)
 )->np.ndarray: # Its samples from the first to the last that is not 0
@@ -527,7 +533,7 @@ def _read_any(file):
     except RuntimeError as e: raise ValueError(f"sound file {file} cannot be read: "
         f"replace or remove it ({e})") from e
 
-# %% ../nbs/15_bc_sound.ipynb #5f91ef27
+# %% ../nbs/15_bc_sound.ipynb #b1eebc14
 def sound_folder(
     path, # Folder with `CLASS/*.wav` (or ogg, flac, mp3)
     rate:int=16_000, # Samples per second
@@ -545,7 +551,7 @@ def sound_folder(
                     [vocab.index(o.parent.name) for o in files], rate, vocab, fold=folds,
                     name=path.name)
 
-# %% ../nbs/15_bc_sound.ipynb #5bb217d8
+# %% ../nbs/15_bc_sound.ipynb #8f66aaeb
 def esc10(
     path, # Folder with ten class folders of 40 ogg clips each
     rate:int=16_000, # 16,000 for EnvNet, 44,100 for EnvNet-v2
@@ -568,15 +574,15 @@ def fold_split(
     test = data.fold == fold
     return Splits(data.subset(~test), data.subset(test), name=data.name)
 
-# %% ../nbs/15_bc_sound.ipynb #1ab94483
+# %% ../nbs/15_bc_sound.ipynb #43cec133
 class BCSoundCallback(BCLearningCallback):
-    "Between-class learning for sounds; without arguments, the paper's method."
+    "Between-class learning for sounds; without arguments, the paper's mixture."
     def __init__(self,
         rate:int|None=None, # Sampling rate in Hz; that of the training clips if None
-        gain:float=0., # Gain of the mixture by ± so many dB; 6 in the paper's `strong`
-        pairs:str='dataset', # Partners from the `dataset` (as in the paper) or the `batch`
-        seed:int=0, # Of ratios, pairs, crops of the partners and gains
-        how:str='gain', # `gain`: equation (4); `energy`: p = r; `plain`: no root
+        gain:float=0., # Random gain of the mixture by ± so many dB; 6 if `strong`
+        pairs:str='dataset', # Second sounds from the `dataset` or the `batch`
+        seed:int=0, # Of ratios, pairs, crops of the partners and random gains
+        how:str='gain', # `gain`: equation (4); `energy`: p = r; `plain`: p = r, no root
     ):
         super().__init__(pairs=pairs, seed=seed)
         if how not in ('gain', 'energy', 'plain'): raise ValueError(
@@ -586,10 +592,10 @@ class BCSoundCallback(BCLearningCallback):
         if rate is not None: _n_fft(rate)
         self.rate, self.gain, self.how = rate, gain, how
 
-# %% ../nbs/15_bc_sound.ipynb #1e6a01f1
+# %% ../nbs/15_bc_sound.ipynb #b71a9717
 @patch
 def before_train(self:BCSoundCallback):
-    "Check what mixing needs: two classes, a known rate, gain in one place only."
+    "Check what mixing needs: two classes, a known rate, random gain in one place only."
     BCLearningCallback.before_train(self)
     dl = self.dls.train
     self.hz = self.rate or getattr(dl.dataset, 'rate', None)
@@ -637,7 +643,7 @@ class TenCrop(Callback):
         self.learn.pred = mean_log_softmax(self.pred, self.n)
         self.learn.xb = self.whole
 
-# %% ../nbs/15_bc_sound.ipynb #86e726e3
+# %% ../nbs/15_bc_sound.ipynb #fb6ff3f3
 class ValidEvery(Callback):
     "Validate after every `n`-th epoch and the last: ten crops cost more than an epoch."
     def __init__(self,
@@ -651,14 +657,14 @@ class ValidEvery(Callback):
         trained, self.trained, done = self.trained, False, self.epoch + 1
         if trained and done % self.n and done < self.n_epoch: raise CancelValidException
 
-# %% ../nbs/15_bc_sound.ipynb #dbd239c5
+# %% ../nbs/15_bc_sound.ipynb #6d6f4e67
 def sound_dls(
     data:Splits, # Training and test clips
     bs:int=64, # Training clips per batch; a tenth of it, with ten crops each, at test
     steps:int|None=None, # Batches per epoch of an endless stream; None for one pass
     T:int|None=None, # Samples of a crop; about 1.5 s where it is None
     stretch:float=1., # Time stretch of each training clip: 1 for none, 1.25 in the paper
-    gain:float=0., # Gain in dB of each training crop; for BC give it to the callback
+    gain:float=0., # Random gain in dB of each training crop; for BC it is the callback's
     seed:int=0, # Of order and crops
     device=None, # fastai's default device where it is None
 )->DataLoaders:
