@@ -431,6 +431,15 @@ def _batch(self:ImageDL, idx):
     if self.index: return x,i
     return (x,TensorCategory(y)) if self.labeled else (x,)
 
+# %% ../nbs/00_data.ipynb #918f3a2d
+@patch
+def draw(self:ImageDL,
+    idx:Tensor, # Positions in the data set, int64 `(n,)`
+    generator:torch.Generator|None=None, # Source of the views; this loader's if not given
+)->Tensor: # Float images in [0,1], `(n,C,H,W)`
+    "A view of each image at `idx`."
+    return self.augment_batch(self._take(idx)[0], generator)
+
 # %% ../nbs/00_data.ipynb #b374bbd6
 @patch
 def __len__(self:ImageDL):
