@@ -198,24 +198,26 @@ def zero_crop(
     idx = (rows[:, :, None]*(w + 2*pad) + cols[:, None]).view(b, 1, h*w).expand(b, c, h*w)
     return wide.flatten(2).gather(2, idx).view(b, c, h, w)
 
-# %% ../nbs/14_bc_learning.ipynb #62164f62
+# %% ../nbs/14_bc_learning.ipynb #c234294c
 def bc_dls(
     data, # `Splits`, or a name for `load_data`
     n_labels:int|None=None, # How many labels may be seen; None is all
     plus:bool=False, # Normalise as for BC+
     bs:int=128, # Images of a step
     seed:int=0, # Of the split, the order and the augmentation
+    steps:int=None, # Steps per epoch of an endless stream; None is one pass
     augment=(RandomFlip(), ZeroCrop(4)), # Done to normalised images; () for none
     norm:BCNorm=None, # Normalisation; recomputed from the training images if not given
     valid=None, # An `ImageSet`, or how many training images; None is the test set
     device=None, # fastai's default device where it is None
-)->SemiDataLoaders: # One pass over the images an epoch
+)->SemiDataLoaders: # Training and validation
     "Loaders as in BC-learning's code: normalise first, then flip, pad with zeros and crop."
     if not isinstance(data, Splits): data = load_data(data)
     lab, _, valid = label_split(data, n_labels, seed, True, valid)
     norm = norm or BCNorm.fit(lab.x, plus)
     dev = device or default_device()
-    train = ImageDL(lab, bs, True, seed=seed, augment=Compose(norm, *augment), device=dev)
+    train = ImageDL(lab, bs, True, steps, seed, augment=Compose(norm, *augment),
+                    repeat=True, device=dev)
     return SemiDataLoaders(train, ImageDL(valid, 256, augment=norm, device=dev), device=dev)
 
 # %% ../nbs/14_bc_learning.ipynb #da380a15
