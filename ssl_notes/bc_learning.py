@@ -7,7 +7,7 @@ __all__ = ['check_ratio', 'bc_mix', 'bc_target', 'bc_loss', 'other_class', 'bc_r
            'zero_mean', 'ZeroCrop', 'zero_crop', 'bc_dls', 'BCLearningCallback', 'training_labels',
            'chainer_nesterov_step', 'chainer_nesterov', 'step_schedule']
 
-# %% ../nbs/14_bc_learning.ipynb #68b54dec
+# %% ../nbs/14_bc_learning.ipynb #78ddf9e8
 from functools import partial
 
 import numpy as np, torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Optimizer, l2_reg
@@ -24,12 +25,14 @@ from .core import Watchdog, one_hot, rng_state, set_rng_state, unwrap
 from .data import ImageDL, SemiDataLoaders, Splits, label_split, load_data
 from .models import unit_float
 
-# %% ../nbs/14_bc_learning.ipynb #4a4e33a9
+# %% ../nbs/14_bc_learning.ipynb #36b8cbf0
 def check_ratio(
     r:torch.Tensor, # Shares, (n,)
     x:torch.Tensor, # What is mixed, (n,...)
 )->torch.Tensor: # `r` with the dimensions and the type of `x`
     "Shape `r` to multiply `x`; `ValueError` unless it is one number in [0,1] for each row."
+    if not x.is_floating_point():
+        raise TypeError(f"x: got {x.dtype}, expected floats: x.float()/255 for images")
     if r.shape != x.shape[:1]:
         raise ValueError(f"r: got shape {tuple(r.shape)} for {len(x)} rows, expected one "
                          "ratio for each row")
@@ -67,7 +70,7 @@ def bc_loss(
     "KL divergence of the prediction from the mixed label, mean over rows, equation (3)."
     return (torch.xlogy(t, t) - t*F.log_softmax(logits, 1)).sum(1).mean()
 
-# %% ../nbs/14_bc_learning.ipynb #166012a9
+# %% ../nbs/14_bc_learning.ipynb #8d0a1c1b
 def other_class(
     y:torch.Tensor, # Classes of the anchors, integers (n,)
     pool:torch.Tensor, # Classes of the candidates, integers (N,)
@@ -75,6 +78,7 @@ def other_class(
 )->torch.Tensor: # Positions in `pool`, (n,); -1 where there is none of another class
     "For each anchor a candidate of another class; each of them has the same chance."
     sorted_, order = pool.sort(stable=True)
+    if not len(pool): return torch.full_like(y, -1)
     first = torch.searchsorted(sorted_, y)
     same = torch.searchsorted(sorted_, y, right=True) - first
     rest = len(pool) - same
@@ -82,7 +86,7 @@ def other_class(
     k = torch.where(k < first, k, k + same)
     return torch.where(rest > 0, order[k.clamp(min=0, max=len(pool)-1)], -1)
 
-# %% ../nbs/14_bc_learning.ipynb #2e486fa7
+# %% ../nbs/14_bc_learning.ipynb #97ed6c18
 def bc_ratio(
     s1:torch.Tensor, # Strength of the first $\sigma_1$, (n,)
     s2:torch.Tensor, # Strength of the second $\sigma_2$, (n,)
@@ -91,7 +95,7 @@ def bc_ratio(
     r"Share $p$ for which $p\sigma_1:(1-p)\sigma_2=r:(1-r)$; the paper's $p$ without 1/0."
     check_ratio(r, s1)
     # An image without contrast gets the least strength there is; two of them, p = r.
-    s1, s2 = (s.clamp(min=torch.finfo(s.dtype).tiny**.5) for s in (s1, s2))
+    s1, s2 = (s.float().clamp(min=1e-18) for s in (s1, s2))
     return r*s2/(r*s2 + (1-r)*s1)
 
 # %% ../nbs/14_bc_learning.ipynb #a530104c
@@ -152,20 +156,20 @@ def zero_mean(
     "Take from each image its mean over all channels and pixels."
     return x - x.mean((1, 2, 3), keepdim=True)
 
-# %% ../nbs/14_bc_learning.ipynb #01033433
+# %% ../nbs/14_bc_learning.ipynb #e7af4525
 @patch(cls_method=True)
 def fit(cls:BCNorm,
     x:torch.Tensor, # Training images (N,C,H,W), uint8 or float in [0,1]
     plus:bool=False, # Constants of BC+: of images without their mean
 )->BCNorm: # On the device of `x`
     "Recompute the constants; `ValueError` if a channel never changes."
-    n, s1, s2 = 0, 0., 0.
-    for o in x.split(1024):
+    def rows(o):
         o = unit_float(o).double()
-        o = (zero_mean(o) if plus else o).transpose(0, 1).flatten(1)
-        n, s1, s2 = n + o.shape[1], s1 + o.sum(1), s2 + o.square().sum(1)
-    mean = s1/n
-    return cls(mean, (s2/n - mean**2).clamp(min=0).sqrt(), plus).to(x.device)
+        return (zero_mean(o) if plus else o).transpose(0, 1).flatten(1)
+    chunks, n = x.split(1024), x[:, 0].numel()
+    mean = sum(rows(o).sum(1) for o in chunks)/n
+    var = sum((rows(o) - mean[:, None]).square().sum(1) for o in chunks)/n
+    return cls(mean, torch.where(var < 1e-12, 0., var).sqrt(), plus).to(x.device)
 
 # %% ../nbs/14_bc_learning.ipynb #99c57a98
 class ZeroCrop(BatchTransform):
@@ -198,7 +202,7 @@ def zero_crop(
     idx = (rows[:, :, None]*(w + 2*pad) + cols[:, None]).view(b, 1, h*w).expand(b, c, h*w)
     return wide.flatten(2).gather(2, idx).view(b, c, h, w)
 
-# %% ../nbs/14_bc_learning.ipynb #c234294c
+# %% ../nbs/14_bc_learning.ipynb #b83c5d52
 def bc_dls(
     data, # `Splits`, or a name for `load_data`
     n_labels:int|None=None, # How many labels may be seen; None is all
@@ -215,12 +219,12 @@ def bc_dls(
     if not isinstance(data, Splits): data = load_data(data)
     lab, _, valid = label_split(data, n_labels, seed, True, valid)
     norm = norm or BCNorm.fit(lab.x, plus)
-    dev = device or default_device()
-    train = ImageDL(lab, bs, True, steps, seed, augment=Compose(norm, *augment),
-                    repeat=True, device=dev)
+    dev, both = device or default_device(), Compose(norm, *augment)
+    both.plain = norm   # what a plain pass over the training images still needs
+    train = ImageDL(lab, bs, True, steps, seed, augment=both, repeat=True, device=dev)
     return SemiDataLoaders(train, ImageDL(valid, 256, augment=norm, device=dev), device=dev)
 
-# %% ../nbs/14_bc_learning.ipynb #da380a15
+# %% ../nbs/14_bc_learning.ipynb #994d2040
 class BCLearningCallback(Callback):
     "Between-class learning: mixes pairs of different classes and replaces the loss by KL."
     order, run_valid = GradientAccumulation.order-1, False
@@ -236,16 +240,23 @@ class BCLearningCallback(Callback):
     ):
         if pairs not in ('dataset', 'batch'):
             raise ValueError(f"pairs: got {pairs!r}, expected 'dataset' or 'batch'")
-        if not alpha > 0: raise ValueError(f"alpha: got {alpha}, expected a number above 0")
+        if not 0 < alpha < float('inf'):
+            raise ValueError(f"alpha: got {alpha}, expected a finite number above 0")
+        whole = isinstance(batch_size, int) and batch_size > 0
+        if batch_size is not None and not whole:
+            raise ValueError(f"batch_size: got {batch_size!r}, expected 1 or more, or None")
         self.plus, self.pairs, self.where, self.alpha = plus, pairs, where, alpha
         self.fold, self.batch_size, self.seed, self.n_step = fold, batch_size, seed, 0
         self.rng, self.watch = np.random.RandomState(seed), Watchdog()
         self.generator = torch.Generator().manual_seed(seed)
 
-# %% ../nbs/14_bc_learning.ipynb #a243a1d5
+# %% ../nbs/14_bc_learning.ipynb #df18b531
 @patch
 def before_train(self:BCLearningCallback):
     "Check classes, sizes and the place; find the training labels."
+    if sum(isinstance(cb, (MixHandler, BCLearningCallback)) for cb in self.learn.cbs) > 1:
+        raise ValueError("cbs: there are two callbacks that mix (MixUp, CutMix, "
+                         "BCLearningCallback); keep one")
     self.c = getattr(self.dls, 'c', None)
     if not self.c:
         raise ValueError("dls: it does not say its number of classes; set `dls.c`")
@@ -253,13 +264,13 @@ def before_train(self:BCLearningCallback):
     self._find_place()
     if self.pairs == 'dataset': self._find_partners(self.dls.train)
 
-# %% ../nbs/14_bc_learning.ipynb #9d16c52b
+# %% ../nbs/14_bc_learning.ipynb #0ce48c46
 @patch
 def _check_sizes(self:BCLearningCallback, bs):
     self.times, rest = divmod(self.batch_size or bs, bs)
     if rest or not self.times:
         raise ValueError(f"batch_size: got {self.batch_size}, expected a multiple of the "
-                         f"loader's bs={bs} (the seed's sample_steps)")
+                         f"loader's bs={bs}")
 
 @patch
 def _find_place(self:BCLearningCallback):
@@ -271,17 +282,19 @@ def _find_place(self:BCLearningCallback):
         raise ValueError(f"where: got {self.where!r}, expected 'input' or one of {shown}")
     self.module = model.get_submodule(self.where)
 
-# %% ../nbs/14_bc_learning.ipynb #b51c52f6
+# %% ../nbs/14_bc_learning.ipynb #a2409396
 @patch
 def _find_partners(self:BCLearningCallback, dl):
     if self.pool is not None and self.pool_of is dl.dataset: return
     y = training_labels(dl.dataset)
+    if not (y.min() >= 0 and y.max() < self.c):
+        raise ValueError(f"dls.train: a label lies outside the {self.c} classes")
     if (y == y[:1]).all():
         raise ValueError(f"dls.train: all of its {len(y)} images are of one class; "
                          "between-class learning needs two")
     self.__dict__.update(pool=y, pool_of=dl.dataset)
 
-# %% ../nbs/14_bc_learning.ipynb #94ddabcb
+# %% ../nbs/14_bc_learning.ipynb #1d9c1794
 def training_labels(
     data, # Data set of a loader
 )->torch.Tensor: # Classes, int64 (N,)
@@ -291,7 +304,12 @@ def training_labels(
     if y is None: raise ValueError(
         f"pairs: a {type(data).__name__} has no list of its labels (`targets`); use "
         "pairs='batch', or loaders made by `get_dls` or a DataBlock")
-    return torch.as_tensor(y).as_subclass(torch.Tensor).long()
+    try: y = torch.as_tensor(y).as_subclass(torch.Tensor)
+    except (TypeError, ValueError): y = torch.zeros(0)   # names, or a ragged list
+    if y.shape != (len(data),) or y.is_floating_point():
+        raise ValueError("dls.train: its list of labels must be one integer class for "
+                         f"each of its {len(data)} images")
+    return y.long()
 
 # %% ../nbs/14_bc_learning.ipynb #fd9ec909
 @patch
@@ -367,20 +385,24 @@ def _views(self:BCLearningCallback, idx):
     # The loader's own pipeline: what a learner has added to it (`Normalize`) counts too.
     return dl.after_batch(b)[0].as_subclass(torch.Tensor)
 
-# %% ../nbs/14_bc_learning.ipynb #09866cfd
+# %% ../nbs/14_bc_learning.ipynb #cebc0ee3
 @patch
 def _hook(self:BCLearningCallback, x1, x2, r):
     self._unhook()
     self.learn.xb, self.pending = (torch.cat([x1, x2]),), r
-    self.handle = self.module.register_forward_hook(self._mix_inside)
+    # The compiler would follow the hook through the callback into the learner.
+    compiled = unwrap(self.learn.model) is not self.learn.model
+    hook = torch.compiler.disable(self._mix_inside) if compiled else self._mix_inside
+    self.handle = self.module.register_forward_hook(hook)
 
 @patch
 def _mix_inside(self:BCLearningCallback, module, args, out):
-    if self.pending is None: return
+    if self.pending is None or not module.training: return
     r, self.pending = self.pending, None
-    if len(out) != 2*len(r):
-        raise ValueError(f"where: {self.where} gives {len(out)} rows for {2*len(r)} "
-                         "images, expected one row for each")
+    what = f'{len(out)} rows' if isinstance(out, torch.Tensor) else type(out).__name__
+    if what != f'{2*len(r)} rows':
+        raise ValueError(f"where: {self.where} gives {what} for {2*len(r)} images, "
+                         "expected a tensor with one row for each")
     return self.mix(*out.chunk(2), r)
 
 @patch
@@ -388,7 +410,7 @@ def _unhook(self:BCLearningCallback):
     if self.__dict__.get('handle') is not None: self.handle.remove()
     self.__dict__.update(handle=None, pending=None)
 
-# %% ../nbs/14_bc_learning.ipynb #d417b151
+# %% ../nbs/14_bc_learning.ipynb #2ba13a4f
 @patch
 def after_pred(self:BCLearningCallback):
     "Check what came out."
@@ -396,9 +418,10 @@ def after_pred(self:BCLearningCallback):
         missed = self.pending is not None
         self._unhook()
         if missed: raise ValueError(f"where: the model did not call {self.where}")
-    if self.pred.shape != self.t.shape:
-        raise ValueError(f"model: it gives an output of shape {tuple(self.pred.shape)} for "
-                         f"{len(self.t)} rows and {self.c} classes")
+    shape = getattr(self.pred, 'shape', type(self.pred).__name__)
+    if shape != self.t.shape:
+        raise ValueError(f"model: it gives {shape}, expected {self.t.shape}: an output for "
+                         "each row and class")
 
 @patch
 def after_loss(self:BCLearningCallback):
@@ -408,7 +431,7 @@ def after_loss(self:BCLearningCallback):
     self.learn.loss_grad, self.learn.loss = loss, loss.detach().clone()
     self.n_step += 1
 
-# %% ../nbs/14_bc_learning.ipynb #2ccea793
+# %% ../nbs/14_bc_learning.ipynb #5b30ec79
 @patch
 def after_train(self:BCLearningCallback):
     "Read the watchdog's notes."
@@ -416,15 +439,20 @@ def after_train(self:BCLearningCallback):
 
 @patch
 def before_fit(self:BCLearningCallback):
-    "Around `lr_find`, remember the state, to put it back afterwards."
+    "Clean up after an interruption; around `lr_find`, remember the state to put it back."
+    self._put_back()
     if hasattr(self.learn, 'lr_finder'): self.__dict__['_before'] = self.state_dict()
 
 @patch
 def after_fit(self:BCLearningCallback):
     "Put back what `lr_find` has changed; leave nothing in the model."
-    if '_before' in self.__dict__: self.load_state_dict(self.__dict__.pop('_before'))
-    self._unhook()
+    self._put_back()
     for k in ('t', 'pool', 'pool_of', 'module'): self.__dict__.pop(k, None)
+
+@patch
+def _put_back(self:BCLearningCallback):
+    self._unhook()
+    if '_before' in self.__dict__: self.load_state_dict(self.__dict__.pop('_before'))
 
 # %% ../nbs/14_bc_learning.ipynb #4ca2630b
 @patch
@@ -468,11 +496,11 @@ def chainer_nesterov(
     steps = [l2_reg, chainer_nesterov_step]
     return Optimizer(params, steps, lr=lr, mom=mom, wd=wd, **kwargs)
 
-# %% ../nbs/14_bc_learning.ipynb #cc21aa15
+# %% ../nbs/14_bc_learning.ipynb #60d41189
 def step_schedule(
     lr:float, # Learning rate at the start
     at:tuple=(.4, .6, .8), # Parts of the training after which it falls
-    factor:float=.1, # It is multiplied by this each time; the seed takes 0.2
+    factor:float=.1, # It is multiplied by this each time
     warmup:float=0., # First part of the training, at a tenth of `lr`
 )->ParamScheduler: # For `learn.fit(..., cbs=...)`
     "Steps down at fixed parts of the training, for a batch the moment its epoch begins."

@@ -431,15 +431,6 @@ def _batch(self:ImageDL, idx):
     if self.index: return x,i
     return (x,TensorCategory(y)) if self.labeled else (x,)
 
-# %% ../nbs/00_data.ipynb #918f3a2d
-@patch
-def draw(self:ImageDL,
-    idx:Tensor, # Positions in the data set, int64 `(n,)`
-    generator:torch.Generator|None=None, # Source of the views; this loader's if not given
-)->Tensor: # Float images in [0,1], `(n,C,H,W)`
-    "A view of each image at `idx`."
-    return self.augment_batch(self._take(idx)[0], generator)
-
 # %% ../nbs/00_data.ipynb #b374bbd6
 @patch
 def __len__(self:ImageDL):
@@ -470,7 +461,7 @@ def __iter__(self:ImageDL):
     for b in bs: yield self.after_batch(b)
     self.after_iter()
 
-# %% ../nbs/00_data.ipynb #338ae0ac
+# %% ../nbs/00_data.ipynb #56196266
 @patch
 def new(self:ImageDL,
     dataset=None, # Other images: whatever `to_image_set` takes; None keeps these
@@ -482,7 +473,7 @@ def new(self:ImageDL,
     data = like if dataset is None else to_image_set(dataset, like)
     own = {o:getattr(self, o) for o in ('seed','repeat','steps','index','augment')}
     if self.steps and kwargs.get('shuffle') is False:
-        own.update(steps=None, index=False, augment=None)
+        own.update(steps=None, index=False, augment=getattr(self.augment, 'plain', None))
     return DataLoader.new(self, data, cls, do_setup=False, **{**own, **kwargs})
 
 # %% ../nbs/00_data.ipynb #21d6b6d9
@@ -593,6 +584,15 @@ def one_batch(self:ImageDL):
     state = self.state_dict()
     try: return next(iter(self))
     finally: self.load_state_dict(state)
+
+# %% ../nbs/00_data.ipynb #918f3a2d
+@patch
+def draw(self:ImageDL,
+    idx:Tensor, # Positions in the data set, int64 `(n,)`
+    generator:torch.Generator|None=None, # Source of the views; this loader's if not given
+)->Tensor: # Float images in [0,1], `(n,C,H,W)`
+    "A view of each image at `idx`."
+    return self.augment_batch(self._take(idx)[0], generator)
 
 # %% ../nbs/00_data.ipynb #64d343df
 def label_split(
