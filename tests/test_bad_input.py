@@ -246,7 +246,7 @@ def test_command_arguments(words, says, tmp_path, capsys, monkeypatch):
     assert says.lower() in command(*run, *words, capsys=capsys).lower()
     assert not list(tmp_path.rglob('*.pt')) and not list(tmp_path.rglob('*.json'))
 
-@pytest.mark.parametrize('words', [['--labels', '0'], ['--steps', '0'], ['--lr', '0'], ['--lr', '-1'], ['--width', '0', '--data', 'FOLDER']],
+@pytest.mark.parametrize('words', [['--labels', '-1'], ['--steps', '0'], ['--lr', '0'], ['--lr', '-1'], ['--width', '0', '--data', 'FOLDER']],
                          ids=str)
 def test_command_zeros(words, tmp_path, capsys, monkeypatch):
     "Nought is not the same as not given"
@@ -255,7 +255,7 @@ def test_command_zeros(words, tmp_path, capsys, monkeypatch):
     command(*run, *words, capsys=capsys)
 
 def test_unknown_method(capsys):
-    assert "method: got 'fixmtach', expected one of supervised, pi_model" in command('train', 'fixmtach', capsys=capsys)
+    assert "method: got 'fixmtach', expected one of supervised, mixup" in command('train', 'fixmtach', capsys=capsys)
 
 def test_unknown_command(capsys):
     assert main(['trian']) == 2 and 'usage: ssl_notes {train,demo}' in capsys.readouterr().out
