@@ -7,7 +7,7 @@ __all__ = ['bc_mix', 'check_ratio', 'bc_target', 'other_class', 'bc_loss', 'bc_r
            'BCNorm', 'ZeroCrop', 'zero_crop', 'bc_dls', 'fisher_criterion', 'BCLearningCallback', 'training_labels',
            'chainer_nesterov_step', 'chainer_nesterov', 'step_schedule']
 
-# %% ../nbs/14_bc_learning.ipynb #78ddf9e8
+# %% ../nbs/14_bc_learning.ipynb #2b2cb51f
 from functools import partial
 
 import numpy as np, torch
@@ -20,7 +20,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Optimizer, l2_reg
 from fastai.torch_core import default_device, to_device
-from .augment import BatchTransform, Compose, RandomFlip, check_batch, per_image
+from .augment import Compose, RandomCrop, RandomFlip
 from .core import Watchdog, one_hot, rng_state, set_rng_state, unwrap
 from .data import ImageDL, SemiDataLoaders, Splits, label_split, load_data
 from .models import unit_float
@@ -172,20 +172,11 @@ def fit(cls:BCNorm,
     var = sum((rows(o) - mean[:, None]).square().sum(1) for o in chunks)/n
     return cls(mean, torch.where(var < 1e-12, 0., var).sqrt(), plus).to(x.device)
 
-# %% ../nbs/14_bc_learning.ipynb #99c57a98
-class ZeroCrop(BatchTransform):
-    "Zeros around normalised images, then the original size at a random offset."
-    def __init__(self,
-        pad:int=4, # Zeros on each side
-    ):
-        if pad != int(pad) or pad < 0:
-            raise ValueError(f"pad={pad}: a whole number of pixels, 0 or more")
-        self.pad = int(pad)
-    def params(self, b, c, h, w, generator=None):
-        "(dy (b,), dx (b,))"
-        return torch.randint(2*self.pad + 1, (2, b), generator=generator).unbind()
+# %% ../nbs/14_bc_learning.ipynb #b935942b
+class ZeroCrop(RandomCrop):
+    "`RandomCrop` with zeros around normalised images in place of their reflection."
     def apply(self, x, dy, dx):
-        "Cut"
+        "`zero_crop`"
         return zero_crop(x, dy, dx, self.pad)
 
 # %% ../nbs/14_bc_learning.ipynb #388978ab
