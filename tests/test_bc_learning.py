@@ -23,8 +23,9 @@ from fastai.vision.data import ImageBlock
 from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
 
+from ssl_notes.augment import zero_crop
 from ssl_notes.bc_learning import (BCLearningCallback, BCNorm, ZeroCrop, bc_dls, bc_loss, bc_mix, bc_plus_mix, bc_ratio, bc_target, chainer_nesterov,
-                                   mix_waves, other_class, step_schedule, training_labels, zero_crop, zero_mean)
+                                   mix_waves, other_class, step_schedule, training_labels, zero_mean)
 from ssl_notes.core import Checkpoint, EMATeacher, read_checkpoint
 from ssl_notes.data import ImageDL, mixed_dls
 from ssl_notes.mixup import PaperMixUp
