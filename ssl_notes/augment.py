@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEAK', 'check_batch', 'per_image', 'to_dtype', 'BatchTransform', 'hflip', 'RandomFlip', 'reflect_index',
-           'reflect_crop', 'RandomCrop', 'inverse_affine', 'affine', 'RandomAffine', 'gaussian_noise', 'GaussianNoise',
-           'cutout', 'Cutout', 'Compose', 'weak_augment']
+           'reflect_crop', 'RandomCrop', 'ZeroCrop', 'zero_crop', 'inverse_affine', 'affine', 'RandomAffine',
+           'gaussian_noise', 'GaussianNoise', 'cutout', 'Cutout', 'Compose', 'weak_augment']
 
 # %% ../nbs/01_augment.ipynb #51cf20aa
 from collections.abc import Callable
@@ -167,6 +167,28 @@ class RandomCrop(BatchTransform):
     def apply(self, x, dy, dx):
         "`reflect_crop`"
         return reflect_crop(x, dy, dx, self.pad)
+
+# %% ../nbs/01_augment.ipynb #295db0cd
+class ZeroCrop(RandomCrop):
+    "`RandomCrop` with zeros around the images in place of their reflection."
+    def apply(self, x, dy, dx):
+        "`zero_crop`"
+        return zero_crop(x, dy, dx, self.pad)
+
+# %% ../nbs/01_augment.ipynb #a37f8b09
+def zero_crop(
+    x:Tensor, # Images (B,C,H,W)
+    dy:Tensor, # (B,) row offsets in 0..2*pad; `pad` is no shift
+    dx:Tensor, # (B,) column offsets
+    pad:int, # Zeros on each side
+)->Tensor: # The same shape and type
+    "Pad with zeros, cut H x W at (`dy`,`dx`)."
+    b, c, h, w = x.shape
+    wide = F.pad(x, [pad]*4)
+    rows = dy[:, None] + torch.arange(h, device=x.device)
+    cols = dx[:, None] + torch.arange(w, device=x.device)
+    idx = (rows[:, :, None]*(w + 2*pad) + cols[:, None]).view(b, 1, h*w).expand(b, c, h*w)
+    return wide.flatten(2).gather(2, idx).view(b, c, h, w)
 
 # %% ../nbs/01_augment.ipynb #4249325a
 def inverse_affine(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['bc_mix', 'check_ratio', 'bc_target', 'other_class', 'bc_loss', 'bc_ratio', 'mix_waves', 'bc_plus_mix', 'zero_mean',
-           'BCNorm', 'ZeroCrop', 'zero_crop', 'bc_dls', 'fisher_criterion', 'BCLearningCallback', 'training_labels',
-           'chainer_nesterov_step', 'chainer_nesterov', 'step_schedule']
+           'BCNorm', 'bc_dls', 'fisher_criterion', 'BCLearningCallback', 'training_labels', 'chainer_nesterov_step',
+           'chainer_nesterov', 'step_schedule']
 
-# %% ../nbs/14_bc_learning.ipynb #2b2cb51f
+# %% ../nbs/14_bc_learning.ipynb #6feab9d9
 from functools import partial
 
 import numpy as np, torch
@@ -20,7 +20,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Optimizer, l2_reg
 from fastai.torch_core import default_device, to_device
-from .augment import Compose, RandomCrop, RandomFlip
+from .augment import Compose, RandomFlip, ZeroCrop
 from .core import Watchdog, one_hot, rng_state, set_rng_state, unwrap
 from .data import ImageDL, SemiDataLoaders, Splits, label_split, load_data
 from .models import unit_float
@@ -172,28 +172,6 @@ def fit(cls:BCNorm,
     var = sum((rows(o) - mean[:, None]).square().sum(1) for o in chunks)/n
     return cls(mean, torch.where(var < 1e-12, 0., var).sqrt(), plus).to(x.device)
 
-# %% ../nbs/14_bc_learning.ipynb #b935942b
-class ZeroCrop(RandomCrop):
-    "`RandomCrop` with zeros around normalised images in place of their reflection."
-    def apply(self, x, dy, dx):
-        "`zero_crop`"
-        return zero_crop(x, dy, dx, self.pad)
-
-# %% ../nbs/14_bc_learning.ipynb #388978ab
-def zero_crop(
-    x:torch.Tensor, # Images (B,C,H,W)
-    dy:torch.Tensor, # (B,) row offsets in 0..2*pad; `pad` is no shift
-    dx:torch.Tensor, # (B,) column offsets
-    pad:int, # Zeros on each side
-)->torch.Tensor: # The same shape and type
-    "Pad with zeros, cut H x W at (`dy`,`dx`)."
-    b, c, h, w = x.shape
-    wide = F.pad(x, [pad]*4)
-    rows = dy[:, None] + torch.arange(h, device=x.device)
-    cols = dx[:, None] + torch.arange(w, device=x.device)
-    idx = (rows[:, :, None]*(w + 2*pad) + cols[:, None]).view(b, 1, h*w).expand(b, c, h*w)
-    return wide.flatten(2).gather(2, idx).view(b, c, h, w)
-
 # %% ../nbs/14_bc_learning.ipynb #b83c5d52
 def bc_dls(
     data, # `Splits`, or a name for `load_data`
@@ -230,11 +208,12 @@ def fisher_criterion(
     m = (t.T@f/t.sum(0)[:, None])[y]
     return (m - f.mean(0)).square().sum()/(f - m).square().sum()
 
-# %% ../nbs/14_bc_learning.ipynb #994d2040
+# %% ../nbs/14_bc_learning.ipynb #919c559f
 class BCLearningCallback(Callback):
     "Between-class learning: mixes pairs of different classes and replaces the loss by KL."
     order, run_valid = GradientAccumulation.order-1, False
     pool = module = None
+    replaces_loss = True   # two callbacks that do are one too many
     def __init__(self,
         plus:bool=False, # Mix as waveforms (BC+)
         pairs:str='dataset', # Partners from the `dataset` (as in the paper) or the `batch`

@@ -21,8 +21,9 @@ from fastai.learner import Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 
-# %% ../nbs/32_cli.ipynb #01f2f6e0
+# %% ../nbs/32_cli.ipynb #dd464747
 from .augment import weak_augment
+from .auxiliary_training import AuxiliaryTrainingCallback
 from .bc_learning import BCLearningCallback, BCNorm
 from .core import Checkpoint, EMATeacher, write_result
 from .data import COLORS, get_dls, load_data, set_style, split_labels
@@ -57,16 +58,18 @@ def schedule(
 
 def _decay(steps, part): return max(0., min(.999, 1 - part/max(steps, 60)))
 
-# %% ../nbs/32_cli.ipynb #e96c843d
+# %% ../nbs/32_cli.ipynb #b52dc06b
 METHODS = dict(supervised=EMATeacher, mixup=MixUp, bc_learning=BCLearningCallback,
                bc_plus=partial(BCLearningCallback, plus=True, where='norm'),
+               auxiliary_training=AuxiliaryTrainingCallback,
                pi_model=PiModelCallback,
                temporal_ensembling=TemporalEnsemblingCallback,
                pseudo_label=PseudoLabelCallback, mean_teacher=MeanTeacherCallback,
                uda=UDACallback, mixmatch=MixMatchCallback,
                remixmatch=ReMixMatchCallback, fixmatch=FixMatchCallback,
                flexmatch=FlexMatchCallback, freematch=FreeMatchCallback)
-LABELED = 'supervised', 'mixup', 'bc_learning', 'bc_plus'   # no unlabelled images
+# No unlabelled images:
+LABELED = 'supervised', 'mixup', 'bc_learning', 'bc_plus', 'auxiliary_training'
 MANY = 'uda', 'fixmatch', 'flexmatch', 'freematch'   # `mu` unlabelled images for a label
 OPTIMIZERS = dict(adam=(mixmatch_adam, 2e-3), sgd=(fixmatch_sgd, .03))   # and their rates
 

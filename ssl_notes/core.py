@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['linear_rampup', 'sigmoid_rampup', 'gaussian_rampdown', 'ramped_schedule', 'frozen_bn_stats', 'rng_state',
            'set_rng_state', 'global_rng_state', 'set_global_rng_state', 'ViewStream', 'unlabeled_dl', 'MixedStream',
-           'Watchdog', 'PartsCallback', 'OnStep', 'one_hot', 'SemiSupervised', 'right_rate', 'global_mean',
+           'Watchdog', 'PartsCallback', 'OnStep', 'one_hot', 'LossTerms', 'SemiSupervised', 'right_rate', 'global_mean',
            'LossColumns', 'unwrap', 'ema_update', 'EMATeacher', 'write_atomically', 'read_checkpoint', 'Checkpoint',
            'run_info', 'write_result']
 
@@ -435,14 +435,36 @@ def one_hot(
             f"one row of {c} probabilities for each image")
     return (y[:, None] == torch.arange(c, device=y.device)).float()
 
-# %% ../nbs/03_core.ipynb #61f65eeb
-class SemiSupervised(PartsCallback, OnStep):
-    "Base of all methods: unlabelled views in, named loss terms out; a subclass says which."
+# %% ../nbs/03_core.ipynb #b7c59b4d
+class LossTerms(PartsCallback, OnStep):
+    "Base of callbacks whose loss is a weighted sum of named terms, shown in the table."
     order, run_valid = GradientAccumulation.order-1, False
+    terms = ()   # names of the columns in fastai's table
+    sums, n_step, replaces_loss = None, 0, True
+
+    def parts(self,
+        learn, # The `Learner` that is joined
+    )->list: # Callbacks
+        "The callback that comes along: the loss columns."
+        return [LossColumns(self)]
+
+    def add_up(self,
+        terms:dict, # Name: (scalar, weight)
+    ):
+        "Weighted sum of the terms; `FloatingPointError` if one is not finite."
+        self.total = 0.
+        for name,(term,weight) in terms.items():
+            self.watch(self.n_step, term.isfinite(), f'the loss term {name} is not finite')
+            self.total = self.total + weight*term
+            self.note(name, term.detach())
+        self.sums['_n'] = self.sums.get('_n', 0) + 1
+
+# %% ../nbs/03_core.ipynb #8a762881
+class SemiSupervised(LossTerms):
+    "Base of all methods: unlabelled views in, named loss terms out; a subclass says which."
     _stateattrs = ('stream', 'unlabeled', 'policy')   # these are not exported
     stream = unlabeled = policy = None
     of_batch = ('total', 'targets', 'chunks')   # rows and graphs, dropped after training
-    terms = ()   # names of the columns in fastai's table
     strong = None   # augmentation of all views but the first, before the loader's own
     can_mix = mixed = False   # batches of known and unknown labels: possible, and present
     batchnorm, chunks = 'joint', ()
@@ -582,9 +604,9 @@ def _same_kind(self:SemiSupervised, x, views):
         raise ValueError("dls.train: a batch of one labelled image; MixUp and BatchNorm "
                          "need at least 2")
 
-# %% ../nbs/03_core.ipynb #09accf25
+# %% ../nbs/03_core.ipynb #0efdfa6e
 @patch
-def check_logits(self:SemiSupervised,
+def check_logits(self:LossTerms,
     logits:torch.Tensor, # What the model gave
 )->torch.Tensor: # The same in fp32, (rows, classes)
     "Raise `ValueError` if the model does not give one output for each class."
@@ -593,9 +615,9 @@ def check_logits(self:SemiSupervised,
                          f"{self.c} classes; its last layer must have {self.c} outputs")
     return logits.float()
 
-# %% ../nbs/03_core.ipynb #b8d02088
+# %% ../nbs/03_core.ipynb #0f05f212
 @patch
-def autocast(self:SemiSupervised):
+def autocast(self:LossTerms):
     "Mixed precision as the `Learner` uses it; nothing if it does not."
     amp = getattr(self.learn, 'mixed_precision', None)
     return nullcontext() if amp is None else amp.autocast
@@ -632,22 +654,17 @@ def gather(self:SemiSupervised,
     with frozen_bn_stats(self.learn.model):
         return torch.cat([pred] + [self.learn.model(c) for c in self.chunks])
 
-# %% ../nbs/03_core.ipynb #a6adee76
+# %% ../nbs/03_core.ipynb #e95bc920
 @patch
 def after_pred(self:SemiSupervised):
     "Logits become named terms; fastai sees those of the labelled rows."
     logits = self.check_logits(self.gather(self.pred))
-    self.total = 0.
-    for name,(term,weight) in self.loss_terms(logits).items():
-        self.watch(self.n_step, term.isfinite(), f'the loss term {name} is not finite')
-        self.total = self.total + weight*term
-        self.note(name, term.detach())
-    self.sums['_n'] = self.sums.get('_n', 0) + 1
+    self.add_up(self.loss_terms(logits))
     self.n_batch += 1
     self.learn.pred = logits[:self.n_x]
 
 @patch
-def after_loss(self:SemiSupervised):
+def after_loss(self:LossTerms):
     "The loss to differentiate is the weighted sum of the terms."
     self.learn.loss_grad, self.learn.loss = self.total, self.total.detach().clone()
 
@@ -704,19 +721,20 @@ def global_mean(
     dist.all_reduce(x := x.detach().clone())
     return x/dist.get_world_size()
 
-# %% ../nbs/03_core.ipynb #d44bbc88
+# %% ../nbs/03_core.ipynb #8275cb14
 @patch
-def on_pictures(self:SemiSupervised,
+def on_pictures(self:LossTerms,
     f, # From images in [0,1] to a tuple that begins with images in [0,1]
     x:torch.Tensor, # Images as the loaders give them, (B,C,H,W)
+    name:str='strong', # The argument that is to blame if images leave [0,1]
 )->tuple: # What `f` gave, its images as the loaders would give them
     "Apply `f` beneath the loaders' `Normalize`; `ValueError` if images leave [0,1]."
     norms = [t for t in self.dls.train.after_batch.fs if isinstance(t, Normalize)]
     stats = [(t.mean.to(x), t.std.to(x)) for t in norms]
     for mean,std in reversed(stats): x = x*std + mean
     self.watch(self.n_step, (x.amin() > -.01) & (x.amax() < 1.01),
-               'strong: the images leave [0,1]; let the loaders scale them so, or end with '
-               'Normalize', ValueError)
+               f'{name}: the images leave [0,1]; let the loaders scale them so, or end '
+               'with Normalize', ValueError)
     x, *more = f(x.as_subclass(torch.Tensor))
     for mean,std in stats: x = (x - mean)/std
     return x, *more
@@ -747,29 +765,29 @@ def probe(self:SemiSupervised,
         p = self.check_logits(ema.teacher(seen)).softmax(1)
     self.policy.update(used, proximity(p, y))
 
-# %% ../nbs/03_core.ipynb #e5b68091
+# %% ../nbs/03_core.ipynb #2b38011c
 @patch
 def stepped(self:SemiSupervised):
     "Count the update."
     self.n_step += 1
 
 @patch
-def note(self:SemiSupervised,
+def note(self:LossTerms,
     name:str, # One of `terms`; any other name is not shown
     value, # A number, or a scalar tensor without gradient
 ):
     "Count `value` into the epoch's mean of the column `name`."
     if name in self.terms: self.sums[name] = self.sums[name] + value
 
-# %% ../nbs/03_core.ipynb #6c6201fa
+# %% ../nbs/03_core.ipynb #2c5cbc23
 @patch
-def columns(self:SemiSupervised)->dict: # Name of each term: number
+def columns(self:LossTerms)->dict: # Name of each term: number
     "Means of the terms over the epoch so far (waits for the device)."
     n = max(self.sums.get('_n', 0), 1)
     return {k: float(self.sums[k])/n for k in self.terms}
 
 @patch
-def after_train(self:SemiSupervised):
+def after_train(self:LossTerms):
     "Read the watchdog's notes."
     self.watch.look()
 
@@ -821,12 +839,12 @@ def load_state_dict(self:SemiSupervised,
     elif self.stream is None: self.__dict__['_stream_state'] = state['stream']
     else: self.stream.load_state_dict(state['stream'])
 
-# %% ../nbs/03_core.ipynb #0b1086e5
+# %% ../nbs/03_core.ipynb #321a3f09
 class LossColumns(Callback):
     "Shows the epoch means of a method's terms in fastai's table."
     order, remove_on_fetch = Recorder.order+1, True
     def __init__(self,
-        method:SemiSupervised, # Whose terms
+        method:LossTerms, # Whose terms
     ): self.method, self.trained = method, False
 
     def before_fit(self):
@@ -859,15 +877,17 @@ def make_teacher(self:SemiSupervised):
     "The teacher that comes along."
     return EMATeacher(self.ema)
 
-# %% ../nbs/03_core.ipynb #586d90bb
+# %% ../nbs/03_core.ipynb #d20b7af0
 def unwrap(
-    model:nn.Module, # Perhaps wrapped by DDP or `torch.compile`
+    model:nn.Module, # Perhaps wrapped by DDP, `torch.compile` or a method
 )->nn.Module: # The module that the user made
     "The bare module."
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    while isinstance(model, parallel) or hasattr(model, '_orig_mod'):
-        model = model.module if isinstance(model, parallel) else model._orig_mod
-    return model
+    while True:
+        if isinstance(model, parallel): model = model.module
+        elif hasattr(model, '_orig_mod'): model = model._orig_mod
+        elif hasattr(type(model), 'wraps'): model = getattr(model, type(model).wraps)
+        else: return model
 
 # %% ../nbs/03_core.ipynb #c7bc2246
 def ema_update(
@@ -1148,7 +1168,7 @@ def capture(self:Checkpoint,
         groups=_groups(l.opt), epoch_start=self.epoch_start, rng=global_rng_state(),
         recorder=self._curves()))
 
-# %% ../nbs/03_core.ipynb #9242d272
+# %% ../nbs/03_core.ipynb #007d6852
 @patch
 def save(self:Checkpoint,
     epoch:int, # As for `capture`
@@ -1156,7 +1176,7 @@ def save(self:Checkpoint,
 ):
     "Write a checkpoint now and drop the oldest; nothing is written after a NaN."
     for cb in self.learn.cbs:
-        if isinstance(cb, SemiSupervised): cb.watch.look()
+        if isinstance(cb, LossTerms): cb.watch.look()
     if rank_distrib(): return
     name = f'step_{self.n_updates:09d}_{epoch:05d}.pt'
     write_atomically(self.capture(epoch, batch), self.folder/name)

@@ -20,7 +20,7 @@ def test_command(method, tmp_path, capsys):
     assert 'mask_rate' not in rec and ('loss_u' in rec['curve'][-1]) == (method not in LABELED)
     assert method in capsys.readouterr().out
 
-@pytest.mark.parametrize('method', ['supervised', 'bc_learning'])
+@pytest.mark.parametrize('method', ['supervised', 'bc_learning', 'auxiliary_training'])
 def test_no_number_of_labels_is_all_of_them(method, tmp_path, capsys):
     assert main(['train', method, *small, '--labels', '0', '--out', str(tmp_path)]) == 0
     assert json.loads((tmp_path/'result.json').read_text())['labels'] is None

@@ -10,11 +10,12 @@ from torch import nn
 from ssl_notes.augment import Compose, RandomCrop, RandomFlip
 from ssl_notes.core import frozen_bn_stats
 from ssl_notes.data import get_digits
-from ssl_notes.models import (CONV13, ENVNET, ENVNET_V2, GCN, STYLES, ZCA, CheckWaves, InputNoise, NormalizeInput,
-                              PerImageNorm, PreActBlock, SameConv2d, WeightNorm, WeightNormConv2d, WeightNormLinear,
-                              WRNStyle, conv10, conv11, conv13, data_init, draw_weights, envnet, envnet_least, envnet_map,
-                              envnet_v2, get_style, global_contrast_normalize, init_weights, mean_cov, mean_only_bn,
-                              n_params, per_image_normalize, same_padding, small_cnn, wide_resnet, wn_weight, zca_matrix)
+from ssl_notes.models import (CIFAR_MEAN_STD, CONV13, ENVNET, ENVNET_V2, GCN, STYLES, ZCA, BasicBlock, CheckWaves,
+                              InputNoise, NormalizeInput, PerImageNorm, PreActBlock, SameConv2d, WRNStyle, WeightNorm,
+                              WeightNormConv2d, WeightNormLinear, cifar_resnet18, conv10, conv11, conv13, data_init,
+                              draw_weights, envnet, envnet_least, envnet_map, envnet_v2, get_style,
+                              global_contrast_normalize, init_weights, mean_cov, mean_only_bn, n_params,
+                              per_image_normalize, same_padding, small_cnn, wide_resnet, wn_weight, zca_matrix)
 
 torch.set_num_threads(1)
 seeded = lambda s=0: torch.Generator().manual_seed(s)
@@ -628,6 +629,8 @@ BC_NETS = dict(conv11=(lambda **kw: conv11(**{**dict(size=16, width=.1, fc=16, g
                envnet_v2=(lambda **kw: envnet_v2(**{**dict(T=23642, width=.3, fc=16, generator=seeded()), **kw}),
                           (1, 1, 23642)))
 each_bc = pytest.mark.parametrize('make, shape', BC_NETS.values(), ids=BC_NETS)
+NETS = BC_NETS | dict(cifar_resnet18=(lambda **kw: cifar_resnet18(**{**dict(width=.1, generator=seeded()), **kw}), (3, 16, 16)))
+each_net = pytest.mark.parametrize('make, shape', NETS.values(), ids=NETS)
 signals = lambda shape, n=4, seed=1: torch.rand(n, *shape, generator=seeded(seed))*2 - 1
 convs_of = lambda model: [m for m in model.modules() if isinstance(m, nn.Conv2d)]
 dense_of = lambda model: [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -717,16 +720,16 @@ def test_bc_initial_distributions(make, shape):
         if w.numel() > 10_000: assert (w.abs().max() <= math.sqrt(3)*std*1.0001) == (law in ('fan_in', 'glorot'))
         assert m.bias is None or not m.bias.any()
 
-@each_bc
-def test_bc_gradients_reach_every_parameter(make, shape):
+@each_net
+def test_nets_gradients_reach_every_parameter(make, shape):
     model = without_dropout(make())
     model(signals(shape, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     # a bias right before a BatchNorm has a gradient of zero up to rounding
     assert all(p.grad.any() for n,p in model.named_parameters() if n.endswith('weight'))
 
-@each_bc
-def test_bc_seeds(make, shape):
+@each_net
+def test_nets_seeds(make, shape):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     a, b, c = make(), make(), make(generator=seeded(1))
@@ -738,8 +741,8 @@ def test_bc_seeds(make, shape):
     torch.manual_seed(3); e = make(generator=None)
     assert torch.equal(d.head.weight, e.head.weight) and not torch.equal(d.head.weight, a.head.weight)
 
-@each_bc
-def test_bc_evaluation_is_deterministic_and_dropout_follows_torchs_generator(make, shape):
+@each_net
+def test_nets_evaluation_is_deterministic_and_dropout_follows_torchs_generator(make, shape):
     model, x, out = make(), signals(shape), []
     for s in (0, 0, 1):
         torch.manual_seed(s)
@@ -752,8 +755,8 @@ def test_bc_evaluation_is_deterministic_and_dropout_follows_torchs_generator(mak
     assert torch.equal(model(x), y) and torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(model(x[:1]), y[:1], rtol=1e-4, atol=1e-5) # rows do not see each other
 
-@each_bc
-def test_bc_memory_format_bf16_and_compile(make, shape):
+@each_net
+def test_nets_memory_format_bf16_and_compile(make, shape):
     model, x = make(), signals(shape)
     for _ in range(3): model(x) # running statistics other than 0 and 1
     model.eval()
@@ -769,8 +772,8 @@ def test_bc_memory_format_bf16_and_compile(make, shape):
     model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-5)
 
-@each_bc
-def test_bc_stages_are_reached_by_name(make, shape):
+@each_net
+def test_nets_stages_are_reached_by_name(make, shape):
     "Every stage has one output that a hook may replace, and that no later layer writes into"
     model, x, mixed = without_dropout(make()), signals(shape), torch.tensor([3, 2, 1, 0])
     stages = ['norm'] + [f'body.{n}' for n,_ in model.body.named_children()]
@@ -785,8 +788,8 @@ def test_bc_stages_are_reached_by_name(make, shape):
         torch.testing.assert_close(y, model(x)[mixed], rtol=1e-3, atol=1e-4)
         assert len(seen) == 1 and torch.equal(*seen[0])
 
-@each_bc
-def test_bc_copies_and_files(make, shape, tmp_path):
+@each_net
+def test_nets_copies_and_files(make, shape, tmp_path):
     m, x, f = make(), signals(shape), tmp_path/'m.pth'
     m(x)
     want = m.eval()(x)
@@ -862,5 +865,94 @@ def test_draw_weights_resets_everything():
     (lambda: draw_weights(conv10(width=.1), 'kaiming', 'he'), ValueError, ["'kaiming'", 'lecun']),
 ])
 def test_bad_input_of_the_networks_of_bc_learning(f, error, words):
+    with pytest.raises(error) as e: f()
+    assert all(w in str(e.value) for w in words), e.value
+
+
+# -- the ResNet-18 of auxiliary training ---------------------------------------------------------
+resnet = NETS['cifar_resnet18'][0]
+
+@settings(deadline=None, max_examples=15)
+@given(st.floats(.01, .3), st.integers(1, 30), st.integers(1, 4), st.integers(2, 33), st.booleans())
+def test_resnet_of_any_width_and_size(width, classes, channels, size, relu):
+    "Counts added up by hand, and a forward pass"
+    fs = [max(1, round(f*width)) for f in (64, 128, 256, 512)]
+    model, conv = resnet(n_classes=classes, in_channels=channels, width=width, relu=relu), lambda i, o, k: k*k*i*o + 2*o
+    total, c = conv(channels, fs[0], 3), fs[0]
+    for i,f in enumerate(fs):
+        total += conv(c, f, 3) + 3*conv(f, f, 3) + (conv(c, f, 1) if i else 0)
+        c = f
+    assert n_params(model) == total + (c + 1)*classes
+    assert model(signals((channels, size, size), 2)).shape == (2, classes)
+
+def test_resnet_with_one_channel_per_stage_keeps_its_strides():
+    "Equal channels are no reason to drop a shortcut's stride"
+    model = resnet(width=.001)
+    assert [tuple(b.shortcut.conv.stride) for b in (model.body.layer2[0], model.body.layer4[0])] == [(2, 2)]*2
+    assert model.body[:5](signals((3, 32, 32))).shape == (4, 1, 4, 4)
+
+def test_resnet_names_and_constants():
+    "Other pages reach stages by these names"
+    model = resnet()
+    assert [n for n,_ in model.named_children()] == ['norm', 'body', 'head']
+    assert [n for n,_ in model.body.named_children()] == 'stem layer1 layer2 layer3 layer4 pool flat'.split()
+    assert [n for n,_ in model.body.stem.named_children()] == ['conv', 'bn']
+    assert [n for n,_ in resnet(relu=True).body.stem.named_children()] == ['conv', 'bn', 'act']
+    bns = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in bns} == {(1e-5, .1)} and len(bns) == len(convs_of(model)) == 20
+    assert not any(m.bias is not None for m in convs_of(model))
+    strides = [[b.first.conv.stride[0] for b in model.body.get_submodule(f'layer{i}')] for i in (1, 2, 3, 4)]
+    assert strides == [[1, 1], [2, 1], [2, 1], [2, 1]]
+
+def test_resnet_initial_distributions():
+    model = cifar_resnet18(generator=seeded())
+    for m in convs_of(model):
+        std = math.sqrt(2/(m.out_channels*m.kernel_size[0]**2))
+        if m.weight.numel() > 10_000: assert abs(m.weight.std()/std - 1) < .03 and abs(m.weight.mean()) < .03*std
+    for w in model.head.parameters():
+        assert 0 < w.abs().max() <= 512**-.5 * 1.0001
+        assert abs(w.std()*math.sqrt(3*512) - 1) < (.02 if w.ndim > 1 else .2)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): assert m.weight.eq(1).all() and not m.bias.any()
+
+@pytest.mark.parametrize('c_out, stride', [(4, 1), (6, 1), (4, 2), (6, 2)])
+def test_basic_block_against_the_formula_and_torchvision(c_out, stride):
+    from torchvision.models.resnet import BasicBlock as Other
+    ours = draw_weights(BasicBlock(4, c_out, stride), 'he_out', 'torch', seeded())
+    for m in ours.modules():
+        if isinstance(m, nn.BatchNorm2d): nn.init.normal_(m.bias, generator=seeded(2))
+    short = (c_out, stride) != (4, 1)
+    other = Other(4, c_out, stride, nn.Sequential(nn.Conv2d(4, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)) if short
+                  else None)
+    other.load_state_dict(dict(zip(other.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(3, 4, 9, 9, generator=seeded(1))
+    keep, y = x.clone(), ours(x)
+    torch.testing.assert_close(y, other(x))
+    layer = lambda x, m, **kw: F.batch_norm(F.conv2d(x, m.conv.weight, **kw), None, None, m.bn.weight, m.bn.bias, True)
+    h = layer(F.relu(layer(x, ours.first, stride=stride, padding=1)), ours.second, padding=1)
+    h = h + (layer(x, ours.shortcut, stride=stride) if short else x)
+    torch.testing.assert_close(y, F.relu(h))
+    assert torch.equal(x, keep) and y.min() == 0 # the in-place activation must not touch the input
+
+def test_resnet_normalisation():
+    mean, std = (torch.tensor(o).view(3, 1, 1) for o in CIFAR_MEAN_STD)
+    x = torch.rand(2, 3, 4, 4, generator=seeded())
+    torch.testing.assert_close(resnet().norm(x), (x - mean)/std)
+    for c in (1, 2, 4): torch.testing.assert_close(resnet(in_channels=c).norm(torch.zeros(1, c, 2, 2)), -torch.ones(1, c, 2, 2))
+    assert torch.equal(resnet(normalize=(0, 1)).norm(x), x)
+    assert isinstance(resnet(normalize=PerImageNorm()).norm, PerImageNorm)
+
+@pytest.mark.parametrize('f, error, words', [
+    (lambda: cifar_resnet18(0), ValueError, ['n_classes=0']),
+    (lambda: cifar_resnet18(2.5), ValueError, ['n_classes=2.5']),
+    (lambda: cifar_resnet18(in_channels=0), ValueError, ['in_channels=0']),
+    (lambda: cifar_resnet18(width=0), ValueError, ['width=0']),
+    (lambda: cifar_resnet18(width=-1), ValueError, ['width=-1']),
+    (lambda: cifar_resnet18(width=math.nan), ValueError, ['width=nan']),
+    (lambda: resnet(in_channels=1, normalize=CIFAR_MEAN_STD), ValueError, ['3 entries', 'in_channels=1']),
+    (lambda: resnet()(signals((1, 8, 8))), ValueError, ['1 channel', 'in_channels=3']),
+    (lambda: resnet()(torch.zeros(2, 3, 8, 8).byte()), TypeError, ['uint8']),
+])
+def test_resnet_bad_input(f, error, words):
     with pytest.raises(error) as e: f()
     assert all(w in str(e.value) for w in words), e.value
