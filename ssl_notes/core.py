@@ -386,7 +386,7 @@ def look(self:Watchdog):
         why, error = list(bad)[first]
         raise error(f"step {int(at[first])}: {why}")
 
-# %% ../nbs/03_core.ipynb #04eefaf9
+# %% ../nbs/03_core.ipynb #ec25e595
 class PartsCallback(Callback):
     "A callback that brings others along: they join and leave the `Learner` with it."
     def parts(self,
@@ -395,6 +395,8 @@ class PartsCallback(Callback):
         "Whom to bring along."
         return []
 
+    def removed(self): "What to undo while the `Learner` is still known."
+
     @property
     def learn(self):
         "The `Learner`, None outside of one."
@@ -402,7 +404,9 @@ class PartsCallback(Callback):
 
     @learn.setter
     def learn(self, learn):
-        old, self.__dict__['_learn'] = self.learn, learn
+        old = self.learn
+        if learn is None and old is not None: self.removed()
+        self.__dict__['_learn'] = learn
         if learn is not None and learn is not old:
             self.__dict__['_parts'] = self.parts(learn)
             learn.add_cbs(self._parts)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SEVERITY', 'BENCHMARK', 'EXTRA', 'CORRUPTIONS', 'ALEXNET', 'BLOCK', 'gaussian_noise', 'shot_noise', 'impulse_noise',
-           'speckle_noise', 'gaussian_blur', 'disc_kernel', 'defocus_blur', 'glass_blur', 'motion_kernel',
-           'motion_blur', 'zoom_blur', 'snow', 'plasma', 'fog', 'frost_texture', 'frost', 'brightness', 'contrast',
-           'saturate', 'elastic_transform', 'pixelate', 'jpeg_compression', 'spatter', 'corrupt', 'Corrupt',
-           'corruption_error', 'mean_corruption_error', 'relative_corruption_error', 'CorruptionReport', 'corrupted',
-           'cifar_c', 'corruption_errors']
+           'speckle_noise', 'gaussian_blur', 'disc_kernel', 'defocus_blur', 'motion_kernel', 'motion_blur', 'zoom_blur',
+           'glass_blur', 'plasma', 'fog', 'frost', 'frost_texture', 'snow', 'brightness', 'contrast', 'saturate',
+           'elastic_transform', 'pixelate', 'jpeg_compression', 'spatter', 'corrupt', 'Corrupt', 'corruption_error',
+           'mean_corruption_error', 'relative_corruption_error', 'CorruptionReport', 'corrupted', 'corruption_errors',
+           'cifar_c']
 
 # %% ../nbs/20_corruptions.ipynb #d6d45a61
 import math, operator, time
@@ -32,6 +32,37 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastprogress.fastprogress import progress_bar
 from .augment import BatchTransform, check_batch
 from .data import COLORS, ImageDL
+
+# %% ../nbs/20_corruptions.ipynb #2be3a064
+SEVERITY = dict(
+    gaussian_noise=[(.04,), (.06,), (.08,), (.09,), (.10,)],
+    shot_noise=[(500,), (250,), (100,), (75,), (50,)],
+    impulse_noise=[(.01,), (.02,), (.03,), (.05,), (.07,)],
+    defocus_blur=[(.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)],
+    glass_blur=[(.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)],
+    motion_blur=[(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
+    zoom_blur=[(7,), (12,), (16,), (21,), (26,)],
+    snow=[(.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9),
+          (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
+          (.3, .3, 1.25, .65, 14, 12, .8)],
+    frost=[(1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)],
+    fog=[(.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)],
+    brightness=[(.05,), (.1,), (.15,), (.2,), (.3,)],
+    contrast=[(.75,), (.5,), (.4,), (.3,), (.15,)],
+    elastic_transform=[(0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92),
+                       (3.2, 1.28, 1.6), (3.2, .96, .96)],
+    pixelate=[(.95,), (.9,), (.85,), (.75,), (.65,)],
+    jpeg_compression=[(80,), (65,), (58,), (50,), (40,)])
+
+# %% ../nbs/20_corruptions.ipynb #14acabe5
+SEVERITY.update(
+    speckle_noise=[(.06,), (.1,), (.12,), (.16,), (.2,)],
+    gaussian_blur=[(.4,), (.6,), (.7,), (.8,), (1,)],
+    spatter=[(.62, .1, .7, .7, .5, 'water'), (.65, .1, .8, .7, .5, 'water'),
+             (.65, .3, 1, .69, .5, 'water'), (.65, .1, .7, .69, .6, 'mud'),
+             (.65, .1, .5, .68, .6, 'mud')],
+    saturate=[(.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)])
+BENCHMARK, EXTRA = list(SEVERITY)[:15], list(SEVERITY)[15:]
 
 # %% ../nbs/20_corruptions.ipynb #b35d418a
 def _check_pictures(x):
@@ -202,43 +233,6 @@ def defocus_blur(
     "A lens out of focus spreads each point to a disc."
     return _filter(x, disc_kernel(radius, sigma), 'mirror')
 
-# %% ../nbs/20_corruptions.ipynb #a4fbfbd8
-@_pictures
-def glass_blur(
-    x:Tensor, # Images (B,C,H,W)
-    sigma:float, # Of the smoothing before and after, in pixels
-    shift:int, # Largest shift in pixels
-    times:int, # How often
-    generator:torch.Generator|None=None, # Source
-)->Tensor: # As `x`
-    "Frosted glass as the benchmark's code has it: pixels are copied from up and left."
-    b, c, h, w = x.shape
-    x = _bytes_down(_smooth(x, sigma))
-    for _ in range(times):
-        d = (shift*_uniform(x, -1, 1, (2, b, h, w), generator)).floor().long()
-        x = _shifted(x, *_only_inside(d, shift))
-    return _smooth(x, sigma)
-
-# %% ../nbs/20_corruptions.ipynb #78ca1cd9
-def _bytes_down(x):
-    "Truncated to 255ths, as a conversion to bytes does"
-    return (x*255 + 1e-3).floor()/255
-
-def _only_inside(d, shift):
-    "Shifts (2,B,H,W), 0 in the first `shift` rows and columns and what may not move"
-    h, w = d.shape[-2:]
-    rows, cols = torch.arange(h, device=d.device), torch.arange(w, device=d.device)
-    rows, cols = ((o > shift) & (o <= n - shift) for o,n in ((rows, h), (cols, w)))
-    return d*rows[:, None]*cols
-
-def _shifted(x, dy, dx):
-    "Each pixel (y,x) shows (y+dy, x+dx); shifts (B,H,W)"
-    b, c, h, w = x.shape
-    rows = (torch.arange(h, device=x.device)[:, None] + dy).clamp(0, h - 1)
-    cols = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1)
-    idx = (rows*w + cols).view(b, 1, h*w).expand(b, c, h*w)
-    return x.flatten(2).gather(2, idx).view(x.shape)
-
 # %% ../nbs/20_corruptions.ipynb #63ecd42b
 def motion_kernel(
     radius:float, # Half the length in pixels
@@ -266,16 +260,25 @@ def motion_blur(
         y = y + k*_shifted(x, dy.expand(b, h, w), dx.expand(b, h, w))
     return y
 
-# %% ../nbs/20_corruptions.ipynb #16e45a50
-def _zoom_in(x, z):
-    "The middle of `x`, enlarged `z` times, bilinear, at the old size"
-    if z == 1: return x
-    n, crop = x.shape[-2:], [math.ceil(o/z) for o in x.shape[-2:]]
-    top, left = ((a - b)//2 for a,b in zip(n, crop))
-    y = x[..., top:top + crop[0], left:left + crop[1]]
-    y = F.interpolate(y, [round(o*z) for o in crop], mode='bilinear', align_corners=True)
-    top, left = ((b - a)//2 for a,b in zip(n, y.shape[-2:]))
-    return y[..., top:top + n[0], left:left + n[1]]
+# %% ../nbs/20_corruptions.ipynb #78ca1cd9
+def _bytes_down(x):
+    "Truncated to 255ths, as a conversion to bytes does"
+    return (x*255 + 1e-3).floor()/255
+
+def _only_inside(d, shift):
+    "Shifts (2,B,H,W), 0 in the first `shift` rows and columns and what may not move"
+    h, w = d.shape[-2:]
+    rows, cols = torch.arange(h, device=d.device), torch.arange(w, device=d.device)
+    rows, cols = ((o > shift) & (o <= n - shift) for o,n in ((rows, h), (cols, w)))
+    return d*rows[:, None]*cols
+
+def _shifted(x, dy, dx):
+    "Each pixel (y,x) shows (y+dy, x+dx); shifts (B,H,W)"
+    b, c, h, w = x.shape
+    rows = (torch.arange(h, device=x.device)[:, None] + dy).clamp(0, h - 1)
+    cols = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1)
+    idx = (rows*w + cols).view(b, 1, h*w).expand(b, c, h*w)
+    return x.flatten(2).gather(2, idx).view(x.shape)
 
 # %% ../nbs/20_corruptions.ipynb #5ca63c54
 @_pictures
@@ -287,26 +290,33 @@ def zoom_blur(
     step = (1 + .01) - 1   # NumPy's arange has it: 26 rows times 1.25 then give 33, not 32
     return sum((_zoom_in(x, 1 + i*step) for i in range(n)), x)/(n + 1)
 
-# %% ../nbs/20_corruptions.ipynb #0aa150cb
+# %% ../nbs/20_corruptions.ipynb #16e45a50
+def _zoom_in(x, z):
+    "The middle of `x`, enlarged `z` times, bilinear, at the old size"
+    if z == 1: return x
+    n, crop = x.shape[-2:], [math.ceil(o/z) for o in x.shape[-2:]]
+    top, left = ((a - b)//2 for a,b in zip(n, crop))
+    y = x[..., top:top + crop[0], left:left + crop[1]]
+    y = F.interpolate(y, [round(o*z) for o in crop], mode='bilinear', align_corners=True)
+    top, left = ((b - a)//2 for a,b in zip(n, y.shape[-2:]))
+    return y[..., top:top + n[0], left:left + n[1]]
+
+# %% ../nbs/20_corruptions.ipynb #a4fbfbd8
 @_pictures
-def snow(
+def glass_blur(
     x:Tensor, # Images (B,C,H,W)
-    loc:float, # Mean of the normal layer
-    scale:float, # Its standard deviation
-    zoom:float, # Size of the flakes, at least 1
-    threshold:float, # What is darker is no flake
-    radius:float, # Of the motion blur of the flakes
-    sigma:float, # Of the motion blur
-    keep:float, # How much of the image's colours stays, 0 to 1
+    sigma:float, # Of the smoothing before and after, in pixels
+    shift:int, # Largest shift in pixels
+    times:int, # How often
     generator:torch.Generator|None=None, # Source
 )->Tensor: # As `x`
-    "Falling flakes over a picture that has turned paler."
-    flakes = loc + scale*_draw(x, (len(x), 1, *x.shape[2:]), generator, torch.randn)
-    flakes = _zoom_in(flakes, zoom)
-    flakes = _bytes_down((flakes*(flakes >= threshold)).clamp(0, 1))
-    flakes = _bytes_down(motion_blur(flakes, radius, sigma, (-135., -45.), generator))
-    pale = keep*x + (1 - keep)*torch.maximum(x, 1.5*_grey(x) + .5)
-    return pale + flakes + flakes.flip(-1, -2)
+    "Frosted glass as the benchmark's code has it: pixels are copied from up and left."
+    b, c, h, w = x.shape
+    x = _bytes_down(_smooth(x, sigma))
+    for _ in range(times):
+        d = (shift*_uniform(x, -1, 1, (2, b, h, w), generator)).floor().long()
+        x = _shifted(x, *_only_inside(d, shift))
+    return _smooth(x, sigma)
 
 # %% ../nbs/20_corruptions.ipynb #d9e6560f
 def plasma(
@@ -352,18 +362,6 @@ def fog(
     top = x.amax((1, 2, 3), keepdim=True)
     return (x + strength*clouds)*top/(top + strength).clamp(min=1e-9)
 
-# %% ../nbs/20_corruptions.ipynb #8efa13e7
-def frost_texture(
-    b:int, # How many
-    h:int, # Height
-    w:int, # Width
-    generator:torch.Generator|None=None, # Source
-)->Tensor: # (b,3,h,w) in [0,1]
-    "Bluish ice, made from two plasmas: ridges of the first, patches of the second."
-    ridges, patches = (plasma(b, h, w, d, generator) for d in (1.7, 2.5))
-    ice = .2 + .45*(1 - (2*ridges - 1).abs())**2 + .35*patches
-    return torch.cat([ice**p for p in (1.25, 1.05, .85)], 1)
-
 # %% ../nbs/20_corruptions.ipynb #42079986
 @_pictures
 def frost(
@@ -378,6 +376,18 @@ def frost(
     if texture is None: t = frost_texture(b, h, w, generator).to(x.device)
     else: t = _random_crops(texture, x, generator)
     return keep*x + ice*(_grey(t) if c == 1 else t)
+
+# %% ../nbs/20_corruptions.ipynb #8efa13e7
+def frost_texture(
+    b:int, # How many
+    h:int, # Height
+    w:int, # Width
+    generator:torch.Generator|None=None, # Source
+)->Tensor: # (b,3,h,w) in [0,1]
+    "Bluish ice, made from two plasmas: ridges of the first, patches of the second."
+    ridges, patches = (plasma(b, h, w, d, generator) for d in (1.7, 2.5))
+    ice = .2 + .45*(1 - (2*ridges - 1).abs())**2 + .35*patches
+    return torch.cat([ice**p for p in (1.25, 1.05, .85)], 1)
 
 # %% ../nbs/20_corruptions.ipynb #4ec1a453
 def _random_crops(texture, x, generator):
@@ -394,6 +404,27 @@ def _random_crops(texture, x, generator):
     cols = left[:, None] + torch.arange(w, device=x.device)
     t = t.permute(0, 2, 3, 1)[k[:, None, None], rows[:, :, None], cols[:, None]]
     return t.permute(0, 3, 1, 2)
+
+# %% ../nbs/20_corruptions.ipynb #0aa150cb
+@_pictures
+def snow(
+    x:Tensor, # Images (B,C,H,W)
+    loc:float, # Mean of the normal layer
+    scale:float, # Its standard deviation
+    zoom:float, # Size of the flakes, at least 1
+    threshold:float, # What is darker is no flake
+    radius:float, # Of the motion blur of the flakes
+    sigma:float, # Of the motion blur
+    keep:float, # How much of the image's colours stays, 0 to 1
+    generator:torch.Generator|None=None, # Source
+)->Tensor: # As `x`
+    "Falling flakes over a picture that has turned paler."
+    flakes = loc + scale*_draw(x, (len(x), 1, *x.shape[2:]), generator, torch.randn)
+    flakes = _zoom_in(flakes, zoom)
+    flakes = _bytes_down((flakes*(flakes >= threshold)).clamp(0, 1))
+    flakes = _bytes_down(motion_blur(flakes, radius, sigma, (-135., -45.), generator))
+    pale = keep*x + (1 - keep)*torch.maximum(x, 1.5*_grey(x) + .5)
+    return pale + flakes + flakes.flip(-1, -2)
 
 # %% ../nbs/20_corruptions.ipynb #6cc8dee3
 @_pictures
@@ -607,36 +638,7 @@ def _equalise(x):
     out = table.gather(1, v).view(x.shape)
     return torch.where((first == n).view(b, 1, 1, 1), x, out)
 
-# %% ../nbs/20_corruptions.ipynb #2be3a064
-SEVERITY = dict(
-    gaussian_noise=[(.04,), (.06,), (.08,), (.09,), (.10,)],
-    shot_noise=[(500,), (250,), (100,), (75,), (50,)],
-    impulse_noise=[(.01,), (.02,), (.03,), (.05,), (.07,)],
-    defocus_blur=[(.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)],
-    glass_blur=[(.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)],
-    motion_blur=[(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
-    zoom_blur=[(7,), (12,), (16,), (21,), (26,)],
-    snow=[(.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9),
-          (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
-          (.3, .3, 1.25, .65, 14, 12, .8)],
-    frost=[(1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)],
-    fog=[(.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)],
-    brightness=[(.05,), (.1,), (.15,), (.2,), (.3,)],
-    contrast=[(.75,), (.5,), (.4,), (.3,), (.15,)],
-    elastic_transform=[(0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92),
-                       (3.2, 1.28, 1.6), (3.2, .96, .96)],
-    pixelate=[(.95,), (.9,), (.85,), (.75,), (.65,)],
-    jpeg_compression=[(80,), (65,), (58,), (50,), (40,)])
-
-# %% ../nbs/20_corruptions.ipynb #724d0f29
-SEVERITY.update(
-    speckle_noise=[(.06,), (.1,), (.12,), (.16,), (.2,)],
-    gaussian_blur=[(.4,), (.6,), (.7,), (.8,), (1,)],
-    spatter=[(.62, .1, .7, .7, .5, 'water'), (.65, .1, .8, .7, .5, 'water'),
-             (.65, .3, 1, .69, .5, 'water'), (.65, .1, .7, .69, .6, 'mud'),
-             (.65, .1, .5, .68, .6, 'mud')],
-    saturate=[(.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)])
-BENCHMARK, EXTRA = list(SEVERITY)[:15], list(SEVERITY)[15:]
+# %% ../nbs/20_corruptions.ipynb #47043859
 CORRUPTIONS = {n: globals()[n] for n in SEVERITY}
 _SEEDED = {n for n,f in CORRUPTIONS.items() if 'generator' in signature(f).parameters}
 
@@ -816,7 +818,7 @@ def _title(self:CorruptionReport):
                      for k,v in self.info.items() if v is not None)
     return f"error {100*self.clean:.1f} % on clean images; corrupted, in percent ({what}):"
 
-# %% ../nbs/20_corruptions.ipynb #b593d3d7
+# %% ../nbs/20_corruptions.ipynb #802467cd
 @patch
 def heat_map(self:CorruptionReport,
     ax=None, # matplotlib's axes; new ones where it is None
@@ -825,7 +827,7 @@ def heat_map(self:CorruptionReport,
     if ax is None:
         size = 2.5 + .55*len(self.severities), 1 + .26*len(self.names)
         ax = plt.subplots(figsize=size, layout='constrained')[1]
-    ax.imshow(self.errors, cmap='Blues', vmin=0, vmax=1, aspect='auto')
+    ax.imshow(self.errors.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
     for (i,j),e in np.ndenumerate(self.errors.numpy()):
         ax.text(j, i, f'{100*e:.0f}', ha='center', va='center', fontsize=8,
                 color='white' if e > .55 else COLORS[7])
@@ -866,46 +868,10 @@ def corrupted(
         out.append(corrupt(x[i:i+BLOCK], name, severity, g))
     return torch.cat(out) if out else x.clone()
 
-# %% ../nbs/20_corruptions.ipynb #754e21ab
-def cifar_c(
-    folder, # Of CIFAR-10-C or CIFAR-100-C: `<name>.npy` and `labels.npy`
-    name:str, # One of `CORRUPTIONS`
-    severity:int, # 1 to 5
-)->tuple: # Images, uint8 (n,3,H,W), and their classes (n,)
-    "One corruption at one severity from the published arrays, five blocks of n images."
-    folder, s = Path(folder).expanduser(), _severity(severity)
-    x, y = _load_npy(folder, _name(name)), _load_npy(folder, 'labels')
-    n = len(x)//5
-    ok = x.ndim == 4 and x.shape[3] in (1, 3) and x.dtype == np.uint8
-    if not ok or 5*n != len(x) or not n:
-        raise ValueError(f"{folder/name}.npy: got {x.dtype} {x.shape}, expected uint8 "
-                         "(5n,H,W,3): n images at severity 1, then at 2, ...")
-    if y.ndim != 1 or len(y) not in (n, 5*n):
-        raise ValueError(f"{folder}/labels.npy: got shape {y.shape}, expected {n} labels, "
-                         f"or {5*n}, for {len(x)} images of {name}")
-    block = np.array(x[(s - 1)*n:s*n]).transpose(0, 3, 1, 2)
-    y = np.array(y[(s - 1)*n:s*n] if len(y) == 5*n else y)
-    return torch.from_numpy(np.ascontiguousarray(block)), torch.from_numpy(y).long()
-
-# %% ../nbs/20_corruptions.ipynb #edd38569
-def _load_npy(folder, name):
-    f = folder/f'{name}.npy'
-    if not f.is_file():
-        here = ', '.join(sorted(o.stem for o in folder.glob('*.npy'))) or 'no .npy file'
-        raise FileNotFoundError(f"folder: {f} is not there (in {folder}: {here}); unpack "
-                                "CIFAR-10-C or CIFAR-100-C there")
-    try: return np.load(f, mmap_mode='r')
-    except (ValueError, OSError, EOFError) as e:
-        raise ValueError(f"folder: {f} is damaged ({e}); unpack it again") from e
-
-def _names_in(folder):
-    names = [o for o in SEVERITY if (Path(folder).expanduser()/f'{o}.npy').is_file()]
-    return names or [BENCHMARK[0]]   # reading that one will say what is wrong
-
-# %% ../nbs/20_corruptions.ipynb #15af1d9f
+# %% ../nbs/20_corruptions.ipynb #ab377803
 class _Pictures:
     "The images of a loader as bytes, beneath `Normalize`, and what comes after that"
-    def __init__(self, dl, bs=None):
+    def __init__(self, dl):
         self.dl, fs = dl, getattr(getattr(dl, 'after_batch', None), 'fs', [])
         own = isinstance(dl, ImageDL)
         norms = [i for i,t in enumerate(fs) if isinstance(t, Normalize)]
@@ -919,10 +885,11 @@ class _Pictures:
             raise ValueError("dl: some of its labels are unknown (-1); evaluate images "
                              "whose classes are known")
 
-# %% ../nbs/20_corruptions.ipynb #134359b7
+# %% ../nbs/20_corruptions.ipynb #13ea1a71
 @patch
 def _from_set(self:_Pictures, data, bs):
-    self.x, self.y, self.bs = data.x.to(self.dl.device), data.y.to(self.dl.device), bs
+    dev = self.dl.device or data.x.device
+    self.x, self.y, self.bs = data.x.to(dev), data.y.to(dev), bs
     self.kinds, self.dtype = (TensorImage, TensorCategory), torch.float32
 
 @patch
@@ -998,13 +965,15 @@ def _error(learn, dl):
     learn.validate(dl=dl, cbs=count)
     return int(count.wrong)/count.seen
 
-# %% ../nbs/20_corruptions.ipynb #b442a442
+# %% ../nbs/20_corruptions.ipynb #d5980e7c
 @contextmanager
 def _as_it_was(learn):
     "Whatever happens inside, the learner comes out with its former attributes"
     state, cbs = dict(vars(learn)), list(learn.cbs)
     rec = getattr(learn, 'recorder', None)
-    curves = {k: copy(v) for k,v in vars(rec).items()} if rec is not None else {}
+    # Its lists are replaced when an evaluation starts, its two counters are reset.
+    curves = {} if rec is None else dict(vars(rec), loss=copy(rec.loss),
+                                         smooth_loss=copy(rec.smooth_loss))
     modes = [(m, m.training) for m in learn.model.modules()]
     try: yield
     finally:
@@ -1014,7 +983,7 @@ def _as_it_was(learn):
         learn.cbs.clear(); learn.cbs += cbs
         if rec is not None: vars(rec).clear(); vars(rec).update(curves)
 
-# %% ../nbs/20_corruptions.ipynb #35908afe
+# %% ../nbs/20_corruptions.ipynb #c1d471c5
 @patch
 def corruption_errors(self:Learner,
     dl=None, # Loader of labelled images; None: `dls.valid`
@@ -1026,14 +995,15 @@ def corruption_errors(self:Learner,
     "The errors of `learn` on clean and corrupted images; it is left as it was."
     names = _asked(names, folder)
     tasks, start = [(n, _severity(s)) for n in names for s in severities], time.time()
-    pics, bar, E = _Pictures(dl or self.dls.valid), hasattr(self, 'progress'), []
+    pics = _Pictures(self.dls.valid if dl is None else dl)
+    bar, E = hasattr(self, 'progress'), []
     if not tasks: raise ValueError("severities: none was given")
     with _as_it_was(self):
         if bar: self.remove_cb(self.progress)
         clean = _error(self, _Batches(pics, pics.x, pics.y))
         for n,s in progress_bar(tasks, leave=False) if bar else tasks:
             E.append(_error(self, _Batches(pics, *_images_of(pics, n, s, seed, folder))))
-    E = torch.tensor(E).view(len(names), -1)
+    E = torch.tensor(E, dtype=torch.float64).view(len(names), -1)
     return CorruptionReport(clean, E, names, severities, n=len(pics.x), seed=seed,
                             seconds=round(time.time() - start, 1),
                             folder=folder and Path(folder).name)
@@ -1064,3 +1034,39 @@ def corruption_errors(
 )->CorruptionReport:
     "`learn.corruption_errors(...)` as a function."
     return learn.corruption_errors(*args, **kwargs)
+
+# %% ../nbs/20_corruptions.ipynb #754e21ab
+def cifar_c(
+    folder, # Of CIFAR-10-C or CIFAR-100-C: `<name>.npy` and `labels.npy`
+    name:str, # One of `CORRUPTIONS`
+    severity:int, # 1 to 5
+)->tuple: # Images, uint8 (n,3,H,W), and their classes (n,)
+    "One corruption at one severity from the published arrays, five blocks of n images."
+    folder, s = Path(folder).expanduser(), _severity(severity)
+    x, y = _load_npy(folder, _name(name)), _load_npy(folder, 'labels')
+    n = len(x)//5
+    ok = x.ndim == 4 and x.shape[3] in (1, 3) and x.dtype == np.uint8
+    if not ok or 5*n != len(x) or not n:
+        raise ValueError(f"{folder/name}.npy: got {x.dtype} {x.shape}, expected uint8 "
+                         "(5n,H,W,3): n images at severity 1, then at 2, ...")
+    if y.ndim != 1 or len(y) not in (n, 5*n):
+        raise ValueError(f"{folder}/labels.npy: got shape {y.shape}, expected {n} labels, "
+                         f"or {5*n}, for {len(x)} images of {name}")
+    block = np.array(x[(s - 1)*n:s*n]).transpose(0, 3, 1, 2)
+    y = np.array(y[(s - 1)*n:s*n] if len(y) == 5*n else y)
+    return torch.from_numpy(np.ascontiguousarray(block)), torch.from_numpy(y).long()
+
+# %% ../nbs/20_corruptions.ipynb #edd38569
+def _load_npy(folder, name):
+    f = folder/f'{name}.npy'
+    if not f.is_file():
+        here = ', '.join(sorted(o.stem for o in folder.glob('*.npy'))) or 'no .npy file'
+        raise FileNotFoundError(f"folder: {f} is not there (in {folder}: {here}); unpack "
+                                "CIFAR-10-C or CIFAR-100-C there")
+    try: return np.load(f, mmap_mode='r')
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f"folder: {f} is damaged ({e}); unpack it again") from e
+
+def _names_in(folder):
+    names = [o for o in SEVERITY if (Path(folder).expanduser()/f'{o}.npy').is_file()]
+    return names or [BENCHMARK[0]]   # reading that one will say what is wrong
