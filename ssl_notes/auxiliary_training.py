@@ -9,11 +9,11 @@ __all__ = ['SELECTIVE', 'PLAIN', 'TRAINING', 'BATCHNORM', 'AuxiliaryHead', 'atte
            'selective_bn', 'plain_bn', 'GaussianBlur', 'add_bytes', 'ByteNoise', 'ColorJitter', 'RandomRotation',
            'paper_views', 'find_parts', 'AuxiliaryNet', 'AuxiliaryTrainingCallback']
 
-# %% ../nbs/21_auxiliary_training.ipynb #1e149bf9
+# %% ../nbs/21_auxiliary_training.ipynb #8e8ef45a
 import inspect, math
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from fastai.callback.mixup import MixHandler
 from fastai.torch_core import norm_bias_params
 from .augment import (BatchTransform, Compose, RandomFlip, ZeroCrop, _device,
                                _uniform)
-from .core import (LossColumns, LossTerms, Watchdog, global_rng_state,
-                            set_global_rng_state, unwrap)
+from .core import (LossColumns, LossTerms, Watchdog, frozen_bn_stats,
+                            global_rng_state, set_global_rng_state, unwrap)
 from .corruptions import gaussian_blur
 from .randaugment import brightness as adjust_brightness
 from .randaugment import color as adjust_saturation
@@ -175,7 +175,7 @@ def check_sizes(
         raise ValueError(f"sizes: got groups of {tuple(sizes)} for {len(x)} rows, expected "
                          "one size for each group, clean first, that add up to the rows")
 
-# %% ../nbs/21_auxiliary_training.ipynb #ae4da1d2
+# %% ../nbs/21_auxiliary_training.ipynb #418fb96e
 class Selective:
     "What the four selective layers share: a forward that knows its groups."
     sizes = None   # rows of each group, clean ones first; None: ordinary BatchNorm
@@ -197,10 +197,7 @@ class Selective:
         moves:bool, # Do they move the running statistics?
     )->torch.Tensor: # The same shape
         "One group by its own statistics."
-        was = self.track_running_stats
-        self.track_running_stats = was and moves
-        try: return super().forward(x)
-        finally: self.track_running_stats = was
+        with nullcontext() if moves else frozen_bn_stats(self): return super().forward(x)
 
 # %% ../nbs/21_auxiliary_training.ipynb #e8cf56d4
 class SelectiveBatchNorm1d(Selective, nn.BatchNorm1d):
@@ -798,7 +795,7 @@ def after_pred(self:AuxiliaryTrainingCallback):
     self.note('gamma', self.gamma if self.stage == 2 else 0.)
     self.learn.pred = z[0]
 
-# %% ../nbs/21_auxiliary_training.ipynb #6310391b
+# %% ../nbs/21_auxiliary_training.ipynb #3bfe92ad
 @patch
 def loss_terms(self:AuxiliaryTrainingCallback,
     z:torch.Tensor, # Logits of all views, clean first, (J+1,B,K)
@@ -808,11 +805,6 @@ def loss_terms(self:AuxiliaryTrainingCallback,
     ties = torch.stack([tie_penalty(self.fc, last_linear(h)) for h in self.heads]).float()
     gamma = self.gamma if self.stage == 2 else 0.
     return auxiliary_loss(z, y, ties, self.alpha, self.lambda_, gamma, self.form, self.T)
-
-@patch
-def stepped(self:AuxiliaryTrainingCallback):
-    "Count the update."
-    self.n_step += 1
 
 # %% ../nbs/21_auxiliary_training.ipynb #3fd8cfae
 @patch

@@ -769,9 +769,9 @@ def probe(self:SemiSupervised,
         p = self.check_logits(ema.teacher(seen)).softmax(1)
     self.policy.update(used, proximity(p, y))
 
-# %% ../nbs/03_core.ipynb #2b38011c
+# %% ../nbs/03_core.ipynb #8a4fe35c
 @patch
-def stepped(self:SemiSupervised):
+def stepped(self:LossTerms):
     "Count the update."
     self.n_step += 1
 

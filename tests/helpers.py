@@ -1,5 +1,8 @@
 "Small runs that several test files share."
 import os, signal, sys, traceback
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -16,6 +19,7 @@ from ssl_notes.mixmatch import mixmatch_adam
 
 torch.set_num_threads(1)
 DIGITS = get_digits()
+gloo = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason='torch without gloo')
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='forks a process that runs torch: Linux only')
 
 def digits_dls(bs=8, steps=4, seed=0, n=40, **kw):
@@ -124,3 +128,16 @@ class Every(Callback):
     def __init__(self, event, f, valid=False):
         self.run_valid = valid
         setattr(self, event, lambda: f(self))
+
+def two_processes(f, folder):
+    "`f(rank)` in two forked processes of one group; what it returns, by rank."
+    import torch.distributed as dist
+    def child(rank):
+        os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
+        store = dist.FileStore(str(folder/'store'), 2)
+        dist.init_process_group('gloo', store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        try: torch.save(f(rank), folder/f'{rank}.pt')
+        finally: dist.destroy_process_group()
+    with ThreadPoolExecutor(2) as pool: ends = list(pool.map(lambda r: in_child(partial(child, r)), range(2)))
+    assert ends == [0, 0]
+    return [torch.load(folder/f'{r}.pt') for r in range(2)]

@@ -1,8 +1,6 @@
 "Auxiliary Training: groups of BatchNorm against passes of their own, where a trunk ends, views, exact resume, bad input, fastai's other features."
-import math, os, pickle, random, signal, warnings
-from concurrent.futures import ThreadPoolExecutor
+import math, pickle, random, signal, warnings
 from copy import deepcopy
-from datetime import timedelta
 from functools import partial
 from itertools import permutations
 
@@ -43,8 +41,8 @@ from ssl_notes.corruptions import gaussian_blur
 from ssl_notes.mixmatch import MixMatchCallback
 from ssl_notes.models import cifar_resnet18, conv10, conv11, conv13, n_params, small_cnn, wide_resnet
 
-from helpers import (die, differences, DIGITS, digits_dls, Every, finite, images, in_child, Items, learner, linux, loader, own_dls,
-                     parameters, quiet_fit, refused, seeded, tiny_net, weights)
+from helpers import (die, differences, DIGITS, digits_dls, Every, finite, gloo, images, in_child, Items, learner, linux, loader, own_dls,
+                     parameters, quiet_fit, refused, seeded, tiny_net, two_processes, weights)
 
 quick = settings(max_examples=25, deadline=None)
 nan, inf = float('nan'), float('inf')
@@ -341,20 +339,6 @@ def test_compiled_net():
         torch.testing.assert_close(fast.eval()(x), net.eval()(x))
         torch.testing.assert_close(buffers(same.model), buffers(net.model))
     torch._dynamo.reset()
-
-gloo = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason='torch without gloo')
-
-def two_processes(f, folder):
-    "`f(rank)` in two forked processes of one group; what it returns, by rank."
-    import torch.distributed as dist
-    def child(rank):
-        os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
-        dist.init_process_group('gloo', store=dist.FileStore(str(folder/'store'), 2), rank=rank, world_size=2, timeout=timedelta(seconds=60))
-        try: torch.save(f(rank), folder/f'{rank}.pt')
-        finally: dist.destroy_process_group()
-    with ThreadPoolExecutor(2) as pool: ends = list(pool.map(lambda r: in_child(partial(child, r)), range(2)))
-    assert ends == [0, 0]
-    return [torch.load(folder/f'{r}.pt') for r in range(2)]
 
 @linux
 @gloo

@@ -1,8 +1,6 @@
 "What the page `03_core` cannot say in passing about strong views, mixed batches, first forwards, ramps, teachers and policies."
-import math, os
-from concurrent.futures import ThreadPoolExecutor
+import math
 from copy import deepcopy
-from datetime import timedelta
 from functools import partial
 
 import fastai.callback.schedule # lr_find
@@ -18,7 +16,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage
 
 from ssl_notes.augment import weak_augment
-from ssl_notes.core import (EMATeacher, MixedStream, SemiSupervised, ViewStream, frozen_bn_stats, global_mean, one_hot,
+from ssl_notes.core import (EMATeacher, SemiSupervised, ViewStream, frozen_bn_stats, global_mean, one_hot,
                             ramped_schedule, right_rate)
 from ssl_notes.ctaugment import CTAugment
 from ssl_notes.data import ImageDL, ImageSet, get_dls, mixed_dls
@@ -26,7 +24,7 @@ from ssl_notes.fixmatch import freematch_update
 from ssl_notes.mixmatch import MixMatchCallback
 from ssl_notes.remixmatch import ReMixMatchCallback
 
-from helpers import DIGITS, Every, differences, digits_dls, in_child, learner, linux, quiet_fit, tiny_net, weights
+from helpers import DIGITS, Every, differences, digits_dls, gloo, learner, linux, quiet_fit, two_processes, weights
 
 def invert(x, generator=None): return 255 - x
 def noisy(x, generator): return torch.randint(0, 256, x.shape, generator=generator).byte()
@@ -280,21 +278,6 @@ def test_right_rate_against_a_loop(rows):
 def test_global_mean_alone():
     x = torch.rand(3, requires_grad=True)
     assert global_mean(x) is x
-
-gloo = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason='torch without gloo')
-
-def two_processes(f, folder):
-    "`f(rank)` in two forked processes of one group; what it returns, by rank."
-    import torch.distributed as dist
-    def child(rank):
-        os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
-        store = dist.FileStore(str(folder/'store'), 2)
-        dist.init_process_group('gloo', store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-        try: torch.save(f(rank), folder/f'{rank}.pt')
-        finally: dist.destroy_process_group()
-    with ThreadPoolExecutor(2) as pool: ends = list(pool.map(lambda r: in_child(partial(child, r)), range(2)))
-    assert ends == [0, 0]
-    return [torch.load(folder/f'{r}.pt') for r in range(2)]
 
 @linux
 @gloo
