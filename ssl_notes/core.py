@@ -799,19 +799,26 @@ def after_train(self:LossTerms):
 @patch
 def before_fit(self:SemiSupervised):
     "Around `lr_find`, remember the state, to put it back afterwards."
-    self._put_back()
-    if hasattr(self.learn, 'lr_finder'):
-        if self.stream is None: self.stream = self._make_stream()
-        self.__dict__['_before_lr_find'] = deepcopy(self.state_dict())
+    self.put_back()
+    if hasattr(self.learn, 'lr_finder') and self.stream is None:
+        self.stream = self._make_stream()
+    self.remember()
 
 @patch
 def after_fit(self:SemiSupervised):
     "Put back what `lr_find` has changed; let go of the last batch."
-    self._put_back()
+    self.put_back()
     for k in self.of_batch: self.__dict__.pop(k, None)
 
 @patch
-def _put_back(self:SemiSupervised):
+def remember(self:LossTerms):
+    "If this is `lr_find`, keep the state."
+    if hasattr(self.learn, 'lr_finder'):
+        self.__dict__['_before_lr_find'] = deepcopy(self.state_dict())
+
+@patch
+def put_back(self:LossTerms):
+    "Undo what `lr_find` has done to the state."
     state = self.__dict__.pop('_before_lr_find', None)
     if state is None: return
     self.load_state_dict(state)
