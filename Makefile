@@ -95,7 +95,7 @@ notebooks: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	@echo; echo "== 5/5 tests (make pytest)"
-	@$(ONE) $(RUN) -m pytest -q --durations=8 --ignore=tests/test_repo.py $(ARGS)
+	@$(ONE) $(RUN) -m pytest -q --durations=8 -n logical --maxprocesses 4 --dist loadfile --ignore=tests/test_repo.py $(ARGS)
 
 # --------------------------------------------------------------------------------------------------------- tidying
 clean:

@@ -6,9 +6,10 @@
 __all__ = ['FORMS', 'cyclegan_adam', 'augmented_maps', 'cycle_back', 'd_loss', 'g_loss', 'cycle_terms', 'judge', 'gan_terms',
            'made', 'pair_maps', 'pair_terms', 'AugmentedCycleGAN', 'augmented_cyclegan', 'PairSet', 'PairDL',
            'pair_dls', 'shape_distance', 'hue_to_rgb', 'shapes', 'hue', 'hue_error', 'coverage', 'colored_digits',
-           'PartStep', 'mean_grads', 'AugmentedCycleGANCallback', 'ClipMakers', 'CycleLoss', 'mse_a', 'decay_after',
-           'cyclegan_schedule', 'cyclegan_learner', 'evaluating', 'translations', 'sheet', 'SamplePictures',
-           'pair_folders', 'latent_error', 'transfer', 'noise_sensitivity', 'hidden_hue', 'ink']
+           'PartStep', 'in_half', 'mean_grads', 'AugmentedCycleGANCallback', 'ClipMakers', 'CycleLoss', 'mse_a',
+           'decay_after', 'EpochSchedule', 'cyclegan_schedule', 'cyclegan_learner', 'evaluating', 'translations',
+           'sheet', 'SamplePictures', 'pair_folders', 'latent_error', 'transfer', 'noise_sensitivity', 'hidden_hue',
+           'ink']
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #5c4a539c
 import math, warnings
@@ -27,9 +28,10 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
-from fastai.optimizer import OptimWrapper
+from fastai.optimizer import Lookahead, OptimWrapper
 from fastai.torch_core import TensorImage, default_device, num_distrib, rank_distrib
 from .core import LossColumns, LossTerms, Watchdog, global_mean, unwrap
 from .data import (ImageDL, ImageSet, _image_files, _one_image, _open, _seeds,
@@ -45,7 +47,7 @@ def augmented_maps(
     z_a:torch.Tensor|None, # Latent vectors $z_a$, (B,d_a), from the prior
     z_b:torch.Tensor|None, # Latent vectors $z_b$, (B,d_b), from the prior
 )->dict: # `fake_a`, `fake_b` (pictures), `enc_za`, `enc_zb` (latent vectors or None)
-    "Equation (1); without an encoder the latent vector that came in stands for what it read."
+    "Equation (1); where there is no encoder, the latent vector that came in is kept."
     fake_b, fake_a = net.G_AB(a, z_b), net.G_BA(b, z_a)
     enc_za = z_a if net.E_A is None else net.E_A(a, fake_b)[0]
     enc_zb = z_b if net.E_B is None else net.E_B(fake_a, b)[0]
@@ -69,7 +71,7 @@ def cycle_back(
 def d_loss(
     real:torch.Tensor, # Scores of real things, any shape; not squashed
     fake:torch.Tensor, # Scores of made ones
-    gan:str='lsq', # `lsq`: least squares, as the code; `log`: the paper's formula
+    gan:str='lsq', # `lsq`: least squares, as the code; `log`: equation (3)
 )->torch.Tensor: # Scalar
     "What a discriminator minimises: the mean of its two errors."
     if gan == 'log': return (F.softplus(-real).mean() + F.softplus(fake).mean())/2
@@ -174,7 +176,7 @@ def _check_latents(parts):
         if (E is None) != (D is None): raise ValueError(
             f"E_{k}, D_Z{k.lower()}: an encoder needs a discriminator, and the reverse")
         if E is not None and not d:
-            raise ValueError(f"{z}: got 0, but E_{k} reads latent vectors; give their length")
+            raise ValueError(f"{z}: got 0, but E_{k} reads latent vectors of some length")
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #02a36dd7
 @patch
@@ -193,6 +195,7 @@ def forward(self:AugmentedCycleGAN,
         out |= cycle_back(self, a, b, out)
     return {k: v for k,v in out.items() if v is not None} | dict(a=a)
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #8d302de5
 @patch(as_prop=True)
 def judges(self:AugmentedCycleGAN)->dict: # Name, as in `made`: discriminator
     "The discriminators there are."
@@ -200,14 +203,20 @@ def judges(self:AugmentedCycleGAN)->dict: # Name, as in `made`: discriminator
     return {k: D for k,D in found.items() if D is not None}
 
 @patch(as_prop=True)
+def latent_judges(self:AugmentedCycleGAN)->dict: # Name: discriminator
+    "Those of latent vectors."
+    return {k: D for k,D in self.judges.items() if k[0] == 'z'}
+
+@patch(as_prop=True)
 def makers(self:AugmentedCycleGAN)->list: # Modules
     "Generators and encoders."
     found = self.G_AB, self.G_BA, self.E_A, self.E_B
     return [m for m in found if m is not None]
 
-# %% ../nbs/22_augmented_cyclegan.ipynb #d64da740
+# %% ../nbs/22_augmented_cyclegan.ipynb #dc95975d
 FORMS = 'paper', 'code', 'noise', 'plain'
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #d64da740
 def augmented_cyclegan(
     size:int=64, # Side of the pictures, a power of 2 from 16 on
     d:int=16, # Length of the latent vectors
@@ -221,7 +230,8 @@ def augmented_cyclegan(
     if form != 'plain' and (not isinstance(d, int) or d < 1):
         raise ValueError(f"d: got {d!r}, expected at least 1; form='plain' has no latents")
     d_a, d_b = d*(form == 'paper'), d*(form != 'plain')
-    w, c, g = width or min(1, size/64), in_channels, torch.Generator().manual_seed(seed)
+    w, c = min(1, size/64) if width is None else width, in_channels
+    g = torch.Generator().manual_seed(seed)
     G = partial(CycleGenerator, c, c, width=w, generator=g)
     E = partial(PairEncoder, 2*c, d, w, size, g)
     D_z = partial(latent_discriminator, d, 1., g)
@@ -233,7 +243,7 @@ def augmented_cyclegan(
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #3f2974fa
 class PairSet(ImageSet):
-    "Pictures of two sets, A and B, of one size; `paired`: the i-th of both belong together."
+    "Pictures of two sets of one size; `paired`: the i-th of A and of B belong together."
     def __init__(self,
         a, # Pictures of A: an `ImageSet`, or uint8 (N,C,H,W)
         b=None, # Pictures of B; None where there are only pictures to translate
@@ -246,15 +256,20 @@ class PairSet(ImageSet):
         self.b = None if b is None else ImageSet(b, name=name).x.to(self.x.device)
         self.paired, self.factors = paired, factors or {}
         _check_pair(self.x, self.b, paired, name or 'PairSet')
+        for k,v in self.factors.items():
+            if len(v) != len(self): raise ValueError(
+                f"factors: {k} has {len(v)} values for {len(self)} pictures")
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #066f65c6
 def _check_pair(a, b, paired, who):
     "An error that says why two sets cannot be translated into one another."
-    if b is None: return
+    if b is None:
+        if paired: raise ValueError(f"{who}: paired, but there are no pictures of B")
+        return
     (n, *sa), (m, *sb) = a.shape, b.shape
     if sa[0] != sb[0]:
-        raise ValueError(f"{who}: A has {sa[0]} channel(s) and B has {sb[0]}: bring both to "
-                         "the same, as with a.expand(-1, 3, -1, -1)")
+        raise ValueError(f"{who}: A has {sa[0]} channel(s) and B has {sb[0]}: bring both "
+                         "to the same, as with a.expand(-1, 3, -1, -1)")
     if sa != sb: raise ValueError(f"{who}: A is {sa[1]}x{sa[2]} and B is {sb[1]}x{sb[2]}: "
                                   "bring both to one size")
     if paired and n != m:
@@ -293,6 +308,7 @@ def unpaired(self:PairSet,
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(self.b)))
     return PairSet(self.x, self.b[order.to(self.b.device)], name=self.name)
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #edbba37b
 @patch
 def to(self:PairSet,
     device, # Where the pictures shall lie
@@ -323,7 +339,7 @@ def decode(self:PairSet,
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #112dc8ce
 class PairDL(ImageDL):
-    "Batches `(a, b)` in [-1,1]: true pairs of a paired set, else A and B in separate orders."
+    "Batches `(a, b)` in [-1,1]: true pairs of a paired set, else each in its own order."
     def __init__(self,
         dataset, # `PairSet`; or pictures of A alone, to translate
         bs:int=32, # Pictures of each set per batch
@@ -408,10 +424,12 @@ def pair_dls(
     device=None, # fastai's default device where it is None
 )->DataLoaders:
     "An endless training stream and a validation loader."
+    if not isinstance(train, PairSet) or train.b is None: raise TypeError(
+        f"train: got {train!r}, expected a PairSet with pictures of A and of B")
     dev, n = device or default_device(), max(len(train), len(train.b))
+    steps = max(1, n//bs) if steps is None else steps
     if valid is None: valid = PairSet(train.x[:64], train.b[:64], name=train.name)
-    stream = PairDL(train, bs, steps=steps or max(1, n//bs), seed=seed, augment=augment,
-                    device=dev)
+    stream = PairDL(train, bs, steps=steps, seed=seed, augment=augment, device=dev)
     return DataLoaders(stream, PairDL(valid, 64, device=dev), device=dev)
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #93aee656
@@ -509,17 +527,22 @@ class PartStep:
         self.params = [p for m in nets for p in m.parameters() if p.requires_grad]
         self.param_groups = [dict(params=self.params)]   # what AMP's scaler looks at
 
-    def __call__(self,
-        loss:torch.Tensor, # Scalar
-    ):
-        "Differentiate, then step, unless fp16 has overflowed."
-        scaler = getattr(self.learn, 'scaler', None)
-        if scaler is not None: loss = scaler.scale(loss)
-        kept = [(p, p.grad) for p in self.learn.model.parameters()]
-        for p,_ in kept: p.grad = None   # zeros would still move a weight through momentum
+# %% ../nbs/22_augmented_cyclegan.ipynb #1793eecb
+@patch
+def __call__(self:PartStep,
+    loss:torch.Tensor, # Scalar
+):
+    "Differentiate, then step, unless fp16 has overflowed."
+    if not self.params: return   # all frozen
+    scaler = self.learn.scaler if in_half(self.learn) else None
+    if scaler is not None: loss = scaler.scale(loss)
+    kept = [(p, p.grad) for p in self.learn.model.parameters()]
+    try:
+        for p,_ in kept: p.grad = None   # zeros would move a weight through momentum
         grads = torch.autograd.grad(loss, self.params, allow_unused=True)
         for p,g in zip(self.params, mean_grads(grads)): p.grad = g
         self.step() if scaler is None else scaler.step(self)
+    finally:
         for p,g in kept: p.grad = g
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #f9e07c86
@@ -531,8 +554,14 @@ def step(self:PartStep):
         for m in self.nets: nn.utils.clip_grad_norm_(m.parameters(), self.clip)
     lrs = [h['lr'] for h in opt.hypers]
     opt.set_hyper('lr', [self.rate*o for o in lrs])
-    opt.step()
-    opt.set_hyper('lr', lrs)
+    try: opt.step()
+    finally: opt.set_hyper('lr', lrs)
+
+def in_half(
+    learn:Learner, # Any `Learner`
+)->bool: # Has it a scaler of its own?
+    "Is there mixed precision? A scaler of an earlier fit stays where it was."
+    return any(isinstance(c, MixedPrecision) for c in learn.cbs)
 
 def mean_grads(
     grads:tuple, # Gradients, None where there is none
@@ -553,7 +582,7 @@ class AugmentedCycleGANCallback(LossTerms):
     def __init__(self,
         gamma1:float=1., # Weight $\gamma_1$ of returned pictures
         gamma2:float=.025, # Weight $\gamma_2$ of returned latent vectors
-        gan:str='lsq', # `lsq`, or `log` as in the paper's formula
+        gan:str='lsq', # `lsq` (the code), or `log`: equation (3)
         lr_d:float=.2, # Learning rate of the discriminators, times that of the others
         clip:float=500., # Largest norm of the gradient of one network
         pairs=None, # `PairDL` of a few true pairs: a step on them after each step
@@ -563,6 +592,7 @@ class AugmentedCycleGANCallback(LossTerms):
     ):
         self.gamma1, self.gamma2, self.gan, self.lr_d = gamma1, gamma2, gan, lr_d
         self.clip, self.pairs, self.paired, self.lam = clip, pairs, paired, lam
+        self.semi = pairs is not None   # a copy loses `pairs` and must not forget it
         self.seed, self.watch, self.n_step = seed, Watchdog(), 0
         self.generator = torch.Generator().manual_seed(seed)
         self._check()
@@ -574,8 +604,10 @@ def _check(self:AugmentedCycleGANCallback):
         raise ValueError(f"gan: got {self.gan!r}, expected 'lsq' or 'log'")
     for k in ('gamma1', 'gamma2', 'lr_d', 'lam', 'clip'):
         v = getattr(self, k)
-        if not isinstance(v, (int, float)) or not v >= 0:
+        if not isinstance(v, (int, float)) or not v >= 0 or (v == math.inf and k != 'clip'):
             raise ValueError(f"{k}: got {v!r}, expected a number of at least 0")
+    if not isinstance(self.paired, bool):
+        raise TypeError(f"paired: got {self.paired!r}, expected True or False")
     for k in ('lr_d', 'clip'):
         if not getattr(self, k): raise ValueError(f"{k}: got 0, expected above 0")
     p = self.pairs
@@ -585,15 +617,36 @@ def _check(self:AugmentedCycleGANCallback):
         raise TypeError(f"pairs: got {type(p).__name__}, expected an endless `PairDL` of a "
                         "paired set, as PairDL(pairs, bs=8, steps=1)")
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #28f6d07b
+@patch
+def _check_learner(self:AugmentedCycleGANCallback):
+    l, net = self.learn, unwrap(self.learn.model)
+    if not isinstance(net, AugmentedCycleGAN):
+        raise TypeError(f"model: got a {type(net).__name__}, expected an AugmentedCycleGAN")
+    if not isinstance(l.loss_func, CycleLoss):
+        raise ValueError(f"loss_func: got {l.loss_func}, expected CycleLoss()")
+    if sum(isinstance(c, AugmentedCycleGANCallback) for c in l.cbs) > 1:
+        raise ValueError("cbs: there are two AugmentedCycleGANCallbacks; give yours as `cb`"
+                         " of cyclegan_learner")
+    if isinstance(l.opt, Lookahead): raise TypeError(
+        "opt_func: Lookahead moves all networks after any step; expected an optimiser that "
+        "moves what has a gradient")
+    if self.paired and not getattr(getattr(l.dls.train, 'dataset', None), 'paired', True):
+        raise ValueError("paired: got True, but the set of dls.train is not paired")
+    if self.semi and self.pairs is None: raise ValueError(
+        "pairs: a copy or an exported Learner does not keep them; set `pairs` anew, or "
+        "`semi` to False to go on without")
+    if self.pairs is not None and self.pairs.bs < 2 and net.latent_judges: raise ValueError(
+        "pairs: bs is 1; BatchNorm in encoders and latent discriminators needs 2")
+
 # %% ../nbs/22_augmented_cyclegan.ipynb #84e400e0
 @patch
 def before_fit(self:AugmentedCycleGANCallback):
     "See which networks there are; around `lr_find`, remember the state."
+    self._check_learner()
     net = unwrap(self.learn.model)
-    if not isinstance(net, AugmentedCycleGAN):
-        raise TypeError(f"model: got a {type(net).__name__}, expected an AugmentedCycleGAN")
-    if not isinstance(self.learn.loss_func, CycleLoss): raise ValueError(
-        f"loss_func: got {self.learn.loss_func}, expected CycleLoss()")
+    for D in net.judges.values():   # gradients of a fit that broke off would move them
+        for p in D.parameters(): p.grad = None
     latent = [k for k in net.judges if k[0] == 'z']
     known = ['a', 'b', *latent]
     self.judged = latent if self.paired else known
@@ -602,7 +655,7 @@ def before_fit(self:AugmentedCycleGANCallback):
     both = [f'{w}_{k}' for w in 'gd' for k in self.judged]
     self.terms = (*both[:len(self.judged)], *cycles, *seen, *both[len(self.judged):])
     self.put_back()
-    self.remember()
+    self.keep_state()
 
 @patch
 def after_fit(self:AugmentedCycleGANCallback):
@@ -610,6 +663,7 @@ def after_fit(self:AugmentedCycleGANCallback):
     self.put_back()
     for k in ('total', 'drawn', 'parts_of'): self.__dict__.pop(k, None)
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #99a90da3
 @patch
 def parts(self:AugmentedCycleGANCallback,
     learn, # The `Learner` that is joined
@@ -623,17 +677,27 @@ def before_train(self:AugmentedCycleGANCallback):
     "Start the epoch's columns; make ready who steps apart from the others."
     if not self.__dict__.pop('_resumed', False): self.sums = {k: 0. for k in self.terms}
     net, dev = unwrap(self.learn.model), next(self.learn.model.parameters()).device
-    latent = [D for k,D in net.judges.items() if k[0] == 'z']
-    judges = [net.judges[k] for k in self.judged]
+    self._check_scaler()
+    latent, judges = net.latent_judges.values(), [net.judges[k] for k in self.judged]
     step = partial(PartStep, self.learn, clip=self.clip)
     self.parts_of = dict(judges=step(judges, rate=self.lr_d),
-                         latent=step(latent, rate=self.lr_d), makers=step(net.makers))
+                         latent=step([*latent], rate=self.lr_d), makers=step(net.makers))
     if self.pairs is not None: self.pairs.to(dev)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # DDP leaves discriminators to us: all processes begin with the first one's.
         for D in net.judges.values():
             for t in D.state_dict().values(): torch.distributed.broadcast(t, 0)
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #a62e7157
+@patch
+def _check_scaler(self:AugmentedCycleGANCallback):
+    l = self.learn
+    if not (in_half(l) and l.scaler.is_enabled()): return
+    if any(isinstance(c, GradientAccumulation) for c in l.cbs): raise ValueError(
+        "GradientAccumulation: discriminators step in each batch, which the scaler of fp16 "
+        "does not allow between two updates; use bf16")
+
+# %% ../nbs/22_augmented_cyclegan.ipynb #90a6dbcc
 @patch
 def draw(self:AugmentedCycleGANCallback,
     n:int, # How many pictures
@@ -675,10 +739,7 @@ def check_pictures(self:AugmentedCycleGANCallback,
     if b is not None and a.shape[1:] != b.shape[1:]:
         raise ValueError(f"{where}: pictures of A are {tuple(a.shape[1:])} (C,H,W), of B "
                          f"{tuple(b.shape[1:])}; bring both to the same channels and size")
-    if b is None and self.training: raise ValueError(f"{where}: there are no pictures of B")
-    if self.training and min(len(a), len(b)) < 2:
-        raise ValueError(f"{where}: a batch of one; BatchNorm in encoders and "
-                         "discriminators needs 2 (drop_last=True?)")
+    if self.training: self._check_batch(a, b, where)
     both = dict(A=a) if b is None else dict(A=a, B=b)
     for k,x in both.items():
         inside = (x.amin() > -1.01) & (x.amax() < 1.01)   # false for nan
@@ -688,6 +749,19 @@ def check_pictures(self:AugmentedCycleGANCallback,
         if self.n_step == 0 and self.training and x.amin() >= 0:
             warnings.warn(f"{where}: no pixel of {k} in the first batch is darker than 0: "
                           "are these pictures in [0,1]? Expected are [-1,1]")
+
+# %% ../nbs/22_augmented_cyclegan.ipynb #13e8e35c
+@patch
+def _check_batch(self:AugmentedCycleGANCallback, a, b, where):
+    if b is None: raise ValueError(f"{where}: there are no pictures of B")
+    if len(a) != len(b): raise ValueError(
+        f"{where}: a batch has {len(a)} pictures of A and {len(b)} of B, expected as many")
+    size = a.shape[1:] if self.pairs is None else self.pairs.dataset.x.shape[1:]
+    if size != a.shape[1:]: raise ValueError(
+        f"pairs: pictures are {tuple(size)}, those of dls.train {tuple(a.shape[1:])}")
+    if len(a) < 2 and unwrap(self.learn.model).latent_judges: raise ValueError(
+        f"{where}: a batch of one; BatchNorm in encoders and latent discriminators needs 2 "
+        "(drop_last=True?)")
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #b67ce746
 @patch
@@ -703,6 +777,7 @@ def after_pred(self:AugmentedCycleGANCallback):
     else: terms |= cycle_terms(out, self.drawn, self.gamma1, self.gamma2)
     self.add_up(terms)
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #6434b80e
 @patch
 def step_judges(self:AugmentedCycleGANCallback,
     judges:dict, # Name: discriminator
@@ -726,6 +801,7 @@ def after_loss(self:AugmentedCycleGANCallback):
     if not self.training: return
     self.learn.loss_grad, self.learn.loss = self.total, self.total.detach().clone()
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #cfbfcba7
 @patch
 def stepped(self:AugmentedCycleGANCallback):
     "Count the update; with `pairs`, a step on true pairs follows."
@@ -733,7 +809,7 @@ def stepped(self:AugmentedCycleGANCallback):
     if self.pairs is None: return
     net, (a, b) = unwrap(self.learn.model), self.pairs.next_batch()
     z_a, z_b = (self.draw(len(a), d, self.generator, a.device) for d in (net.d_a, net.d_b))
-    latent = {k: D for k,D in net.judges.items() if k[0] == 'z'}
+    latent = net.latent_judges
     with self.autocast():
         out = pair_maps(net, a, b, z_a, z_b)
         self.step_judges(latent, out, dict(za=z_a, zb=z_b), 'latent')
@@ -742,7 +818,15 @@ def stepped(self:AugmentedCycleGANCallback):
     for k,(v, _) in terms.items():
         self.watch(self.n_step, v.isfinite(), f'on true pairs, {k} is not finite')
     for k,(v, _) in sup.items(): self.note(k, v.detach())
+    self.sums['_p'] = self.sums.get('_p', 0) + 1
     self.parts_of['makers'](sum(v*w for v,w in terms.values()))
+
+# %% ../nbs/22_augmented_cyclegan.ipynb #e427ac8e
+@patch
+def columns(self:AugmentedCycleGANCallback)->dict: # Name of each term: number
+    "Means over the epoch so far; with `pairs`, of `sup_` over the steps on them."
+    res, p = super(AugmentedCycleGANCallback, self).columns(), self.sums.get('_p')
+    return {k: v*self.sums['_n']/p if p and k[:3] == 'sup' else v for k,v in res.items()}
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #d227acc7
 class ClipMakers(Callback):
@@ -782,13 +866,15 @@ def load_state_dict(self:AugmentedCycleGANCallback,
 # %% ../nbs/22_augmented_cyclegan.ipynb #0872b784
 class CycleLoss:
     "What fastai shows as validation loss, and what it takes for a prediction."
+    reduction = 'mean'   # fastai exchanges it where it wants the loss of each picture
     def __call__(self,
         out:dict, # What the model gave
         b:torch.Tensor, # Pictures of B
-    )->torch.Tensor: # Scalar
+    )->torch.Tensor: # Scalar, or (B,) where `reduction` is `none`
         "Distance of the returned picture, or of the one made from a true pair"
         made = out['rec_b'] if 'rec_b' in out else out['fake_b']
-        return F.l1_loss(made, b.as_subclass(torch.Tensor))
+        loss = (made - b.as_subclass(torch.Tensor)).abs().flatten(1).mean(1)
+        return loss.mean() if self.reduction == 'mean' else loss
 
     def activation(self,
         out:dict, # What the model gave
@@ -816,15 +902,33 @@ def decay_after(
     "Linear to zero after `constant` epochs; the first epoch after them is still full."
     return 1 - max(0, epoch - constant)/max(1, total - constant)
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #702cc18b
+class EpochSchedule(ParamScheduler):
+    "A schedule for a fit of `total` epochs, and for no other."
+    def __init__(self,
+        scheds:dict, # As for `ParamScheduler`
+        total:int, # Epochs
+    ):
+        super().__init__(scheds)
+        self.total = total
+
+    def before_fit(self):
+        "`ValueError` for another number of epochs."
+        if self.n_epoch != self.total: raise ValueError(
+            f"total: the schedule is made for {self.total} epochs, the fit has "
+            f"{self.n_epoch}")
+        super().before_fit()
+
+# %% ../nbs/22_augmented_cyclegan.ipynb #6a1d6d3c
 def cyclegan_schedule(
     lr:float=2e-4, # Learning rate of generators and encoders
     total:int=50, # Epochs in all
     constant:int|None=None, # Epochs at the full rate; None: the first half
-)->ParamScheduler: # For `learn.fit(total, lr, cbs=...)`
+)->EpochSchedule: # For `learn.fit(total, lr, cbs=...)`
     "The released code's schedule: it changes after whole epochs."
     c = total//2 if constant is None else constant
     at = lambda pct: decay_after(math.floor(pct*total + 1e-6), total, c)
-    return ParamScheduler(dict(lr=lambda pct: lr*at(pct)))
+    return EpochSchedule(dict(lr=lambda pct: lr*at(pct)), total)
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #72c9a951
 def cyclegan_learner(
@@ -839,6 +943,10 @@ def cyclegan_learner(
 )->Learner:
     "A `Learner` with the networks, the loss and the callback that belong together."
     a = dls.one_batch()[0]
+    if net is not None and net_args: raise ValueError(
+        "net, net_args: net_args makes the networks, and there is a `net` already")
+    if a.shape[-1] != a.shape[-2]: raise ValueError(
+        f"dls: pictures are {a.shape[-2]}x{a.shape[-1]}, expected squares")
     if net is None:
         net = augmented_cyclegan(a.shape[-1], in_channels=a.shape[1], **(net_args or {}))
     valid = getattr(dls.valid, 'dataset', None)
@@ -888,6 +996,7 @@ def sheet(
     _, k, c, h, w = rows.shape
     return rows.add(1).div(2).clamp(0, 1).permute(2, 0, 3, 1, 4).reshape(c, -1, k*w)
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #634ff058
 class SamplePictures(Callback):
     "Draws a `sheet` of the same pictures every few epochs, on file and in the notebook."
     order, run_valid = Recorder.order+20, False
@@ -900,6 +1009,8 @@ class SamplePictures(Callback):
         show:bool=False, # Show it below the cell, each in place of the last
     ):
         if every < 1: raise ValueError(f"every: got {every}, expected at least 1")
+        if not (isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim == 4):
+            raise TypeError("a: expected pictures in [-1,1], a float tensor (N,C,H,W)")
         self.a, self.n, self.every, self.folder = a, n, every, folder
         self.zoom, self.show, self.sheets, self.handle = zoom, show, [], None
 
@@ -934,7 +1045,11 @@ def pair_folders(
     paired:bool=False, # Files of the same name, but for the ending, belong together
 )->PairSet:
     "Two folders of pictures as one set, in RGB."
-    files = {k: _image_files(Path(f).expanduser()) for k,f in dict(a=a, b=b).items()}
+    roots = {k: Path(f).expanduser().resolve() for k,f in dict(a=a, b=b).items()}
+    if roots['a'] in (roots['b'], *roots['b'].parents) or \
+            roots['b'] in roots['a'].parents:
+        raise ValueError(f"a, b: {a} and {b} are one folder, or one is in the other")
+    files = {k: _image_files(f) for k,f in roots.items()}
     for (k, fs), where in zip(files.items(), (a, b)):
         if not fs: raise ValueError(f"{k}: there are no pictures in {where}")
     if paired: files = _same_names(files)
@@ -953,6 +1068,10 @@ def _same_names(files):
                          f"{min(alone)!r}")
     return {k: [o[n] for n in sorted(named['a'])] for k,o in named.items()}
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #003ff355
+def _needs_encoder(net):
+    if net.E_B is None: raise ValueError("net: has no encoder E_B, so it reads no vectors")
+
 # %% ../nbs/22_augmented_cyclegan.ipynb #0d716f9d
 def latent_error(
     net:AugmentedCycleGAN, # The networks, with `E_B`
@@ -960,6 +1079,7 @@ def latent_error(
     seed:int=0, # Of the latent vectors
 )->float: # 0.80 for an encoder that always says 0
     "Mean distance of the latent vectors that are read from those that were given."
+    _needs_encoder(net)
     z = torch.randn(len(a), net.d_b, generator=torch.Generator().manual_seed(seed)).to(a)
     with evaluating(net): return F.l1_loss(net.E_B(a, net.G_AB(a, z))[0], z).item()
 
@@ -970,6 +1090,7 @@ def transfer(
     i:torch.Tensor, # Whose latent vector each picture of A gets, (N,)
 )->torch.Tensor: # Pictures of B: picture `k` of A, in the manner of pair `i[k]`
     "Read the latent vector off one pair, give it to another picture."
+    _needs_encoder(net)
     with evaluating(net): return net.G_AB(a, net.E_B(a, b)[0][i])
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #6148fcd4
@@ -990,6 +1111,7 @@ def noise_sensitivity(
         return [F.l1_loss(net.G_AB((a + s*noise).clamp(-1, 1), z_b), b).item()
                 for s in levels]
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #f921acd3
 def hidden_hue(
     net:AugmentedCycleGAN, # The networks
     b:torch.Tensor, # Pictures of B in [-1,1], (N,C,H,W)
@@ -1002,6 +1124,7 @@ def hidden_hue(
     with evaluating(net): back = net.G_AB(net.G_BA(b, z_a), z_b)
     return hue_error(hue(back), hue(b)).mean().item()
 
+# %% ../nbs/22_augmented_cyclegan.ipynb #ce70607f
 def ink(
     x:torch.Tensor, # Pictures in [-1,1] on white, (N,C,H,W)
 )->torch.Tensor: # In [0,1], (N,H,W)

@@ -802,7 +802,7 @@ def before_fit(self:SemiSupervised):
     self.put_back()
     if hasattr(self.learn, 'lr_finder') and self.stream is None:
         self.stream = self._make_stream()
-    self.remember()
+    self.keep_state()
 
 @patch
 def after_fit(self:SemiSupervised):
@@ -811,17 +811,16 @@ def after_fit(self:SemiSupervised):
     for k in self.of_batch: self.__dict__.pop(k, None)
 
 @patch
-def remember(self:LossTerms):
+def keep_state(self:LossTerms):
     "If this is `lr_find`, keep the state."
     if hasattr(self.learn, 'lr_finder'):
         self.__dict__['_before_lr_find'] = deepcopy(self.state_dict())
 
 @patch
 def put_back(self:LossTerms):
-    "Undo what `lr_find` has done to the state."
+    "Undo what `lr_find` has done to the state; nothing is resumed yet."
     state = self.__dict__.pop('_before_lr_find', None)
-    if state is None: return
-    self.load_state_dict(state)
+    if state is not None: self.load_state_dict(state)
     self.__dict__['_resumed'] = False   # the next epoch's columns start from zero
 
 # %% ../nbs/03_core.ipynb #bc58cd84
@@ -1255,6 +1254,7 @@ def _restore(self:Checkpoint, path):
     s, l = self.state, self.learn
     unwrap(l.model).load_state_dict(s['model'])
     l.opt.load_state_dict(s['opt'])
+    for p in l.model.parameters(): p.grad = None   # of the fit that was broken off
     if s['scaler'] is not None: l.scaler.load_state_dict(s['scaler'])
     for cb in l.cbs:
         if cb.name in s['cbs']: _set_cb_state(cb, s['cbs'][cb.name])

@@ -535,6 +535,8 @@ def _one_image(o, shape=None):
     if not isinstance(o, Image.Image):
         raise TypeError("an image is a tensor, an array, a PIL image or a file name, not "
             f"{type(o).__name__}")
+    if o.mode[0] in 'IF': raise ValueError(f"an image of mode {o.mode} has more than 8 "
+        "bits a channel, which would be cut off: scale it to 8 bits first")
     o = o.convert('L' if shape and shape[0]==1 else 'RGB')
     if shape and o.size!=shape[:0:-1]: o = o.resize(shape[:0:-1], Image.BILINEAR)
     x = torch.from_numpy(np.array(o))

@@ -1276,7 +1276,8 @@ class PairEncoder(nn.Module):
     ):
         super().__init__()
         _whole(d=d)
-        cs = [n_channels(32*min(2**i, 8), width) for i in range(_halvings(size))]
+        self.size, n = size, _halvings(size)
+        cs = [n_channels(32*min(2**i, 8), width) for i in range(n)]
         with torch.random.fork_rng(devices=[]):
             layers = [nn.Conv2d(in_channels, cs[0], 3, 2, 1), nn.ReLU(inplace=True)]
             for a,b in zip(cs, cs[1:]): layers.append(conv_bn_relu(a, b, 3, 2, 1))
@@ -1285,12 +1286,16 @@ class PairEncoder(nn.Module):
             self.mean, self.log_var = (nn.Conv2d(cs[-1], d, 1) for _ in range(2))
         init_gan(self, generator)
 
-    def forward(self,
-        a:torch.Tensor, # Pictures of the one set, (B,C,size,size)
-        b:torch.Tensor, # Of the other
-    )->tuple: # Mean and log-variance of the latent vectors, (B,d) each
-        "Look at both"
-        x = torch.cat([a, b], 1)
-        if type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor)
-        h = self.body(x)
-        return self.mean(h).flatten(1), self.log_var(h).flatten(1)
+# %% ../nbs/02_models.ipynb #5be1c0a7
+@patch
+def forward(self:PairEncoder,
+    a:torch.Tensor, # Pictures of the one set, (B,C,size,size)
+    b:torch.Tensor, # Of the other
+)->tuple: # Mean and log-variance of the latent vectors, (B,d) each
+    "Look at both"
+    x = torch.cat([a, b], 1)
+    if type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor)
+    h = self.body(x)
+    if h.shape[-2:] != (1, 1): raise ValueError(
+        f"a, b: got {x.shape[-2]}x{x.shape[-1]}, expected the encoder's size, {self.size}")
+    return self.mean(h).flatten(1), self.log_var(h).flatten(1)

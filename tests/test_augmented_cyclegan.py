@@ -1,5 +1,6 @@
 "Augmented CycleGAN: pairs of sets and their loader, steps of some networks alone, all forms, faults, resume, processes."
 import math, warnings
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from fastai.data.block import DataBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
-from fastai.optimizer import Adam, SGD
+from fastai.optimizer import Adam, SGD, ranger
 from fastai.torch_core import TensorImage
 from fastai.vision.data import ImageBlock
 
@@ -322,7 +323,7 @@ def test_fp16_scales_and_skips_all_steps(monkeypatch):
         def __call__(self, loss): super().__call__(loss*math.inf if self.rate < 1 else loss)
     import ssl_notes.augmented_cyclegan as lib
     monkeypatch.setattr(lib, 'PartStep', Overflow)
-    learn.augmented_cycle_gan.pairs = None
+    learn.augmented_cycle_gan.pairs, learn.augmented_cycle_gan.semi = None, False
     learn.dls.train.steps = 1
     quiet_fit(learn, 1, 1e-3)
     assert scaler.get_scale() < scale
@@ -411,6 +412,61 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(form, more, at, tmp_path
     for f in (lambda l: weights(l.model), lambda l: weights(l.ema_teacher.teacher), lambda l: l.opt.state_dict(), lambda l: l.dls.train.state_dict(),
               lambda l: l.augmented_cycle_gan.state_dict(), lambda l: [list(v)[:-1] for v in l.recorder.values]):
         assert differences(f(cut), f(whole)) == []
+
+@pytest.mark.parametrize('opt', ['torch', 'fastai'])
+@pytest.mark.parametrize('event', ['before_step', 'after_step', 'judges'])
+def test_a_fit_that_was_broken_off_goes_on_in_the_same_learner(event, opt, tmp_path, monkeypatch):
+    "The gradient that was pending belongs to the fit that is gone."
+    def new(folder): return learner(cbs=[Checkpoint(folder, every=1)], steps=2, opt_func=OPTIMISERS[opt], pairs=PairDL(TEST, 4, steps=1, seed=2))
+    whole, cut, calls = new(tmp_path/'whole'), new(tmp_path/'cut'), []
+    quiet_fit(whole, 2, 1e-3)
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == (3 if event == 'judges' else 2): raise KeyboardInterrupt   # after the first checkpoint
+    step = PartStep.step
+    def broken(self):
+        if self.rate < 1: stop()
+        step(self)
+    if event == 'judges': monkeypatch.setattr(PartStep, 'step', broken)
+    with pytest.raises(KeyboardInterrupt): quiet_fit(cut, 2, 1e-3, cbs=[] if event == 'judges' else Every(event, stop))
+    quiet_fit(cut, 2, 1e-3)
+    assert differences(weights(cut.model), weights(whole.model)) == []
+    assert [list(v)[:-1] for v in cut.recorder.values] == [list(v)[:-1] for v in whole.recorder.values]
+
+@pytest.mark.parametrize('opt', ['torch', 'fastai'])
+def test_gradients_that_lie_on_discriminators_move_nothing(opt):
+    learn = learner(opt_func=OPTIMISERS[opt])
+    sum(D(unit(TEST.x[:4]) if k in 'ab' else torch.randn(4, 2)).sum() for k,D in learn.model.judges.items()).backward()
+    before, moved = {}, []
+    judges = lambda: {n: p.clone() for n,p in learn.model.named_parameters() if n[:2] == 'D_'}
+    learn.add_cbs([Every('after_loss', lambda cb: before.update(judges())),
+                   Every('after_step', lambda cb: moved.append(differences(before, judges())))])
+    quiet_fit(learn, 1, 1e-3)
+    assert moved == [[]]*4
+
+def test_columns_of_true_pairs_are_means_over_the_steps_on_them():
+    shown = []
+    for n in (4, 8, 16):   # one, two and four batches of four between two updates
+        learn = learner(cbs=GradientAccumulation(n), pairs=PairDL(TEST, 4, steps=1, seed=1))
+        quiet_fit(learn, 1, 0.)
+        shown.append(learn.augmented_cycle_gan.columns()['sup_a'])
+    assert max(shown)/min(shown) < 1.2
+
+def test_a_finished_run_does_not_show_in_the_columns_of_the_next(tmp_path):
+    quiet_fit(learner(cbs=Checkpoint(tmp_path, every=1), steps=2), 1, 1e-3)
+    learn = learner(cbs=Checkpoint(tmp_path, every=1), steps=2)
+    quiet_fit(learn, 1, 1e-3)
+    learn.remove_cb(learn.checkpoint)
+    quiet_fit(learn, 1, 1e-3)
+    assert learn.augmented_cycle_gan.sums['_n'] == 2
+
+def test_a_copy_without_its_pairs_does_not_train_without_them():
+    learn = learner(pairs=PairDL(TEST, 4, steps=1))
+    twin = deepcopy(learn)
+    refused(twin, 'pairs: a copy')
+    twin.augmented_cycle_gan.pairs = PairDL(TEST, 4, steps=1)
+    for l in (learn, twin): quiet_fit(l, 1, 1e-3)
+    assert differences(weights(learn.model), weights(twin.model)) == []
 
 def test_a_checkpoint_with_pairs_is_not_read_by_a_run_without(tmp_path):
     learn = learner(cbs=Checkpoint(tmp_path, every=1), steps=2, pairs=PairDL(TEST, 4, steps=1))
@@ -510,7 +566,8 @@ def test_no_pictures_of_b():
 
 @pytest.mark.parametrize('kw, words', [
     (dict(gan='wgan'), "gan: got 'wgan'"), (dict(gamma1=-1), 'gamma1: got -1'), (dict(gamma2=math.nan), 'gamma2: got nan'), (dict(lr_d=0), 'lr_d: got 0'),
-    (dict(clip=0), 'clip: got 0'), (dict(lam='a'), "lam: got 'a'"), (dict(pairs=PairDL(TEST, 4, steps=1), paired=True), 'pairs, paired')])
+    (dict(clip=0), 'clip: got 0'), (dict(lam='a'), "lam: got 'a'"),
+    (dict(gamma1=math.inf), 'gamma1: got inf'), (dict(lr_d=math.inf), 'lr_d: got inf'), (dict(pairs=PairDL(TEST, 4, steps=1), paired=True), 'pairs, paired')])
 def test_settings_that_make_no_sense(kw, words):
     with pytest.raises(ValueError) as e: AugmentedCycleGANCallback(**kw)
     assert words in str(e.value)
@@ -518,6 +575,46 @@ def test_settings_that_make_no_sense(kw, words):
 @pytest.mark.parametrize('pairs', [TEST, PairDL(TEST, 4), PairDL(TRAIN, 4, steps=1), [1, 2]], ids=['set', 'one pass', 'unpaired', 'list'])
 def test_pairs_must_be_a_stream_of_true_pairs(pairs):
     with pytest.raises(TypeError, match='pairs: got'): AugmentedCycleGANCallback(pairs=pairs)
+
+def test_what_would_train_something_else_is_refused(monkeypatch):
+    dls = pair_dls(TRAIN, TEST, 4, 2, device='cpu')
+    refused(cyclegan_learner(dls, net=net(), cbs=AugmentedCycleGANCallback(gan='log')), 'two AugmentedCycleGANCallbacks')
+    refused(learner(paired=True), 'paired: got True')
+    refused(learner(opt_func=ranger), 'Lookahead', error=TypeError)
+    refused(learner(pairs=PairDL(TEST, 1, steps=1)), 'pairs: bs is 1')
+    refused(learner(pairs=PairDL(shapes(8, 32), 4, steps=1)), 'pairs: pictures are (3, 32, 32)')
+    refused(cyclegan_learner(pair_dls(shapes(16, 32), None, 4, 2, device='cpu'), net=net()), "a, b: got 32x32, expected the encoder's size, 16")
+    with pytest.raises(ValueError, match='net, net_args'): cyclegan_learner(dls, net=net(), net_args=dict(d=7))
+    with pytest.raises(TypeError, match="paired: got 'no'"): AugmentedCycleGANCallback(paired='no')
+    with pytest.raises(TypeError, match='a: expected pictures'): SamplePictures(TEST.x)
+    with pytest.raises(ValueError, match='net: has no encoder'): latent_error(net('plain'), A)
+    def before_fit(self): self.autocast, self.learn.scaler, self.scales = torch.autocast('cpu', torch.bfloat16), torch.amp.GradScaler('cpu'), []
+    monkeypatch.setattr(MixedPrecision, 'before_fit', before_fit)
+    refused(learner(cbs=[MixedPrecision(), GradientAccumulation(8)]), 'GradientAccumulation: discriminators step')
+
+def test_sets_that_lack_something():
+    for data in (PairSet(TEST.x), ImageSet(TEST.x)):
+        with pytest.raises(TypeError, match='train: got'): pair_dls(data)
+    with pytest.raises(ValueError, match='paired, but there are no pictures of B'): PairSet(TEST.x, paired=True)
+    with pytest.raises(ValueError, match='factors: hue has 3 values for 12'): PairSet(TEST.x, TEST.b, True, dict(hue=torch.zeros(3)))
+    with pytest.raises(ValueError, match='steps'): pair_dls(TRAIN, steps=0)
+    with pytest.raises(ValueError, match='expected squares'): cyclegan_learner(plain_dls(A[..., :8], B[..., :8]))
+
+def test_a_schedule_for_other_epochs():
+    with pytest.raises(ValueError, match='total: the schedule is made for 50 epochs, the fit has 2'): quiet_fit(learner(), 2, 1e-3, cbs=cyclegan_schedule())
+
+def test_plain_networks_need_no_batch_and_frozen_ones_rest():
+    quiet_fit(learner('plain', bs=1, steps=2), 1, 1e-3)
+    learn = learner()
+    for D in learn.model.judges.values(): D.requires_grad_(False)
+    before = weights(learn.model)
+    quiet_fit(learn, 1, 1e-3)
+    assert not [k for k in differences(before, weights(learn.model)) if k[:2] == 'D_' and 'running' not in k and 'num_b' not in k]
+
+def test_losses_of_single_pictures():
+    learn = learner()
+    *_, losses = learn.get_preds(with_loss=True)
+    assert losses.shape == (len(TEST),) and abs(losses.mean() - learn.validate()[0]) < 1e-5
 
 def test_networks_and_losses_of_another_kind():
     dls = pair_dls(TRAIN, TEST, 4, 1, device='cpu')
@@ -527,7 +624,7 @@ def test_networks_and_losses_of_another_kind():
 
 @pytest.mark.parametrize('kw, words', [
     (dict(d=0), 'd: got 0'), (dict(d=-1), 'd: got -1'), (dict(d=1.5), 'd: got 1.5'), (dict(form='two'), "form: got 'two'"), (dict(size=20), 'size=20'),
-    (dict(size=8), 'size=8'), (dict(width=-1.), 'width=-1')])
+    (dict(size=8), 'size=8'), (dict(width=-1.), 'width=-1'), (dict(width=0), 'width=0')])
 def test_networks_that_cannot_be_made(kw, words):
     with pytest.raises(ValueError) as e: augmented_cyclegan(**{**dict(size=16), **kw})
     assert words in str(e.value)
@@ -635,6 +732,11 @@ def test_folders(tmp_path):
     assert (len(p), len(p.b), p.paired, p.x.shape[1:]) == (3, 5, False, (3, 16, 16)) and p.name == 'A and B'
     with pytest.raises(ValueError, match='2 pictures have no partner'): pair_folders(tmp_path/'A', tmp_path/'B', 16, True)
     with pytest.raises(ValueError, match='a: there are no pictures'): pair_folders(tmp_path/'C', tmp_path/'B')
+    with pytest.raises(ValueError, match='a, b: .* one folder'): pair_folders(tmp_path/'A', tmp_path/'A'/'deeper')
+    with pytest.raises(ValueError, match='a, b: .* one folder'): pair_folders(tmp_path, tmp_path/'B')
+    Image.fromarray(np.full((9, 9), 5000, np.uint16)).save(tmp_path/'A'/'deep.png')
+    with pytest.raises(ValueError, match='more than 8 bits'): pair_folders(tmp_path/'A', tmp_path/'B', 16)
+    (tmp_path/'A'/'deep.png').unlink()
     (tmp_path/'A'/'1.jpg').write_bytes(b'nothing')
     with pytest.raises(ValueError, match='1.jpg cannot be read'): pair_folders(tmp_path/'A', tmp_path/'B', 16)
 

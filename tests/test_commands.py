@@ -90,3 +90,19 @@ def test_the_unlabelled_term_moves_the_network(method, off, tmp_path):
     without = quiet_fit(build(method, tmp_path/'b', **sure, **few, **off), 4, 1e-3)
     head = lambda l: l.model.head.weight
     assert not torch.allclose(head(with_it), head(without), atol=1e-4)
+
+def test_narrow_networks_train_in_an_order_of_memory_that_does_not_crash(tmp_path):
+    "Going back through a strided 1x1 convolution of fewer than eight channels kills the process, channels last."
+    from ssl_notes.bench import noise_images
+    from ssl_notes.cli import build_model, memory_order
+    for width in (.25, .4375, .5):
+        net = build_model(noise_images(), width)
+        for _ in range(3): net(torch.rand(8, 3, 32, 32)).sum().backward()
+        assert (memory_order(net) == torch.channels_last) == (width == .5)
+
+def test_a_curve_forgets_an_epoch_that_was_broken_off(tmp_path):
+    "Ctrl-C in a fit, then a look at the validation set: no row, and no error."
+    learn = build('mixmatch', tmp_path, [stop_at(2)])
+    with pytest.raises(Cut): quiet_fit(learn, 4, 2e-3)
+    with learn.no_bar(): learn.validate()
+    assert learn.curve.rows == []
