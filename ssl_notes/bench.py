@@ -58,7 +58,7 @@ PEAKS = {   # operations and bytes a second, dense, from the makers' data sheets
     'H200': dict(fp32=67e12, tf32=494e12, bf16=989e12, bandwidth=4.8e12),
     'H100': dict(fp32=67e12, tf32=494e12, bf16=989e12, bandwidth=3.35e12),
     'A100': dict(fp32=19.5e12, tf32=156e12, bf16=312e12, bandwidth=2.0e12),
-    'V100': dict(fp32=15.7e12, tf32=15.7e12, bf16=15.7e12, bandwidth=.9e12)}
+    'V100': dict(fp32=15.7e12, bandwidth=.9e12)}   # and neither tf32 nor bf16
 
 def roofline(
     one:dict, # What `work` gave
