@@ -129,7 +129,7 @@ class StepClock(Callback):
 # %% ../nbs/31_bench.ipynb #d53517ad
 @patch
 def seconds(self:StepClock)->dict: # `wall` (mean), `wall_median`, `cpu` (mean), per step
-    "What a step took."
+    "What a step took; the median says something on a CPU only, as a device runs behind."
     wall, cpu = zip(*self.marks)
     gaps = sorted(b - a for a,b in zip(wall, wall[1:]))
     return dict(wall=(wall[-1] - wall[0])/self.steps, wall_median=gaps[len(gaps)//2],
@@ -201,24 +201,28 @@ def _bare_step(learn, rows):
         loss.backward(); opt.step(); opt.zero_grad()
     return step
 
-# %% ../nbs/31_bench.ipynb #38b03dd0
+# %% ../nbs/31_bench.ipynb #ade2c2cc
 STAGES = ['loader', 'method: batch and targets', 'forward', 'method: loss', 'backward',
           'optimiser, teacher']
 
+# %% ../nbs/31_bench.ipynb #38b03dd0
 class _Mark(Callback):
     run_valid = False
     def __init__(self, order, events, marks):
         self.order, self.marks = order, marks
         for e in events: setattr(self, e, partial(self.mark, e))
     def mark(self, event):
-        wait(next(self.learn.model.parameters()).device)
-        self.marks.append((event, time.process_time()))
+        dev = next(self.learn.model.parameters()).device
+        wait(dev)
+        clock = time.process_time if dev.type == 'cpu' else time.perf_counter
+        self.marks.append((event, clock()))
 
+# %% ../nbs/31_bench.ipynb #228d2c99
 def stages(
     learn, # A `Learner`
     steps:int=20, # Steps that count
     warmup:int=5, # Steps before them
-)->dict: # Seconds of process time for each of `STAGES`
+)->dict: # Seconds for each of `STAGES`: process time on a CPU, else wall clock
     "Mean time of the parts of a step."
     marks, ends = [], ['before_batch', 'after_pred', 'after_loss', 'after_backward']
     first = _Mark(-2000, ends[:2], marks)

@@ -139,7 +139,7 @@ def test_every_table_rehearsed_by_its_command(table, tmp_path, capsys):
 
 def test_rows_and_minutes(tmp_path, capsys):
     assert main(['reproduce', 'bc', '--rows', 'BC+, standard', '--minutes', '.02', '--rehearse', '--recipe', 'short', '--out', str(tmp_path)]) == 0
-    saved = json.loads((tmp_path/'reproduce_bc_1.json').read_text())['runs']
+    saved = json.loads((tmp_path/'reproduce_bc_1_short.json').read_text())['runs']
     assert [r['name'] for r in saved] == ['BC+', 'standard'] and all(r['minutes'] == .02 and r['plan']['fit'] >= 1 for r in saved)
 
 @pytest.mark.parametrize('args, words', [(['nothing'], 'table: got'), (['bc', '--rows', 'BC,X'], "'x' is not in bc"),
