@@ -1,5 +1,5 @@
 "Small runs that several test files share."
-import os, signal, sys, traceback
+import os, re, signal, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -18,6 +18,8 @@ from ssl_notes.data import get_dls, get_digits
 from ssl_notes.mixmatch import mixmatch_adam
 
 torch.set_num_threads(1)
+
+def short(o): return re.sub(' at 0x[0-9a-f]+', '', str(o))   # names of tests are the same in all processes
 DIGITS = get_digits()
 gloo = pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason='torch without gloo')
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='forks a process that runs torch: Linux only')

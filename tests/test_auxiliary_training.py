@@ -41,7 +41,7 @@ from ssl_notes.corruptions import gaussian_blur
 from ssl_notes.mixmatch import MixMatchCallback
 from ssl_notes.models import cifar_resnet18, conv10, conv11, conv13, n_params, small_cnn, wide_resnet
 
-from helpers import (die, differences, DIGITS, digits_dls, Every, finite, gloo, images, in_child, Items, learner, linux, loader, own_dls,
+from helpers import (short, die, differences, DIGITS, digits_dls, Every, finite, gloo, images, in_child, Items, learner, linux, loader, own_dls,
                      parameters, quiet_fit, refused, seeded, tiny_net, two_processes, weights)
 
 quick = settings(max_examples=25, deadline=None)
@@ -1217,7 +1217,7 @@ def test_kinds_of_corruptions(kind):
 
 def inplace(x): return x.mul_(.5)
 
-@pytest.mark.parametrize('kw', [dict(corruptions=[inplace, dim]), dict(corruptions=[dim, inplace]), dict(augment=[inplace, None, None]), dict(augment=[None, None, inplace])], ids=str)
+@pytest.mark.parametrize('kw', [dict(corruptions=[inplace, dim]), dict(corruptions=[dim, inplace]), dict(augment=[inplace, None, None]), dict(augment=[None, None, inplace])], ids=short)
 def test_in_place(kw):
     "What changes its input in place spoils no other view: refused, or given a copy"
     x = torch.rand(4, 1, 8, 8, generator=seeded())

@@ -30,7 +30,7 @@ from ssl_notes.mixmatch import interleave, loss_x, sharpen
 from ssl_notes.remixmatch import (RECIPES, ReMixMatchCallback, align, check_prior, feature_layer, features, loss_weights,
                                   normalized, remember, rotate_quarters)
 
-from helpers import (die, differences, DIGITS, digits_dls, Every, in_child, Items, learner, linux, loader, own_dls,
+from helpers import (short, die, differences, DIGITS, digits_dls, Every, in_child, Items, learner, linux, loader, own_dls,
                      parameters, quiet_fit, refused, tiny_net, weights)
 
 remix = partial(ReMixMatchCallback, K=2, rampup=3, ema=.9)
@@ -277,7 +277,7 @@ def test_hidden_labels_change_nothing_but_their_column():
     assert math.isnan(without['right_rate']) and 0 < cols['right_rate'] < 1
 
 @pytest.mark.parametrize('other', [dict(seed=1), dict(T=1.), dict(lambda_u=0.), dict(lambda_u1=0.), dict(lambda_r=0.), dict(lambda_r=2.), dict(prior=[.19] + [.09]*9),
-    dict(strong=plain), dict(strong=CTAugment(rule='bins')), dict(alpha=None), dict(K=1), dict(batchnorm='joint')], ids=str)
+    dict(strong=plain), dict(strong=CTAugment(rule='bins')), dict(alpha=None), dict(K=1), dict(batchnorm='joint')], ids=short)
 def test_every_argument_matters(other):
     ends = [parameters(quiet_fit(learner([remix(**kw)]), 1, 1e-2)) for kw in (dict(), other)]
     assert differences(*ends)
@@ -626,7 +626,7 @@ def test_arguments(kw):
     with pytest.raises(ValueError) as e: ReMixMatchCallback(**kw)
     assert name in str(e.value).split(':')[0] and repr(value) in str(e.value) and 'expected' in str(e.value)
 
-@pytest.mark.parametrize('strong', ['cifar', 3, [plain]], ids=str)
+@pytest.mark.parametrize('strong', ['cifar', 3, [plain]], ids=short)
 def test_strong_is_no_function(strong):
     with pytest.raises(TypeError, match='strong: got'): ReMixMatchCallback(strong=strong)
 
