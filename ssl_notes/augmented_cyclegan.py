@@ -998,7 +998,7 @@ def sheet(
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #634ff058
 class SamplePictures(Callback):
-    "Draws a `sheet` of the same pictures every few epochs, on file and in the notebook."
+    "Draws a `sheet` of the same pictures every few epochs: `sheets` has them, and files."
     order, run_valid = Recorder.order+20, False
     def __init__(self,
         a:torch.Tensor, # Pictures of A in [-1,1], (N,C,H,W)
@@ -1006,13 +1006,12 @@ class SamplePictures(Callback):
         every:int=1, # Epochs between two sheets
         folder=None, # Where PNG files go; None: nowhere
         zoom:int=3, # Times the pixels
-        show:bool=False, # Show it below the cell, each in place of the last
     ):
         if every < 1: raise ValueError(f"every: got {every}, expected at least 1")
         if not (isinstance(a, torch.Tensor) and a.is_floating_point() and a.ndim == 4):
             raise TypeError("a: expected pictures in [-1,1], a float tensor (N,C,H,W)")
         self.a, self.n, self.every, self.folder = a, n, every, folder
-        self.zoom, self.show, self.sheets, self.handle = zoom, show, [], None
+        self.zoom, self.sheets = zoom, []   # (epoch, PIL image)
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #4f5135ad
 @patch
@@ -1032,10 +1031,6 @@ def after_epoch(self:SamplePictures):
     if self.folder is not None:
         (folder := Path(self.folder)).mkdir(parents=True, exist_ok=True)
         img.save(folder/f'epoch_{self.epoch:04d}.png')
-    if not self.show: return
-    from IPython.display import display
-    if self.handle is None: self.handle = display(img, display_id=True)
-    else: self.handle.update(img)
 
 # %% ../nbs/22_augmented_cyclegan.ipynb #edc7c4f2
 def pair_folders(

@@ -258,7 +258,7 @@ def test_unknown_method(capsys):
     assert "method: got 'fixmtach', expected one of supervised, mixup" in command('train', 'fixmtach', capsys=capsys)
 
 def test_unknown_command(capsys):
-    assert main(['trian']) == 2 and 'usage: ssl_notes {train,demo}' in capsys.readouterr().out
+    assert main(['trian']) == 2 and 'usage: ssl_notes {train,demo,reproduce,bench,check}' in capsys.readouterr().out
     with pytest.raises(SystemExit) as e: main(['train', 'mixmatch', '--step', 'many'])
     assert e.value.code == 2
 
